@@ -1,0 +1,413 @@
+"""One frozen configuration, from presets, YAML and the command line.
+
+`--preset NAME` and `--config FILE.yaml` are flattened into arguments that stand before the user's own, so the last
+word wins and a typo gets the same answer wherever it was made. Everything that can be judged without touching data
+or devices is validated in `__post_init__`.
+"""
+
+import contextlib
+import dataclasses
+import io
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from ast_dist.errors import UserError
+
+
+def _require(holds: bool, message: str) -> None:
+    if not holds:
+        raise UserError(message)
+
+
+def _require_share(name: str, value: float) -> None:
+    _require(0.0 <= value <= 1.0, f"{name} is {value:g}, but a share lies in 0 … 1.")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    train: str = ""
+    """Folder of the training shards (it holds manifest.json)."""
+    val: str = ""
+    """Folder of the validation shards."""
+    decoder: Literal["auto", "torch"] = "auto"
+    """What decodes images; auto takes the fastest that works here and says which."""
+    cache: Literal["auto", "ram", "none"] = "auto"
+    """Keep decoded uint8 images in memory after the first pass: auto does so when they fit in cache_mb."""
+    cache_mb: int = 2048
+    """Memory per rank that the cache may take, MB."""
+    image_size: int = 224
+    """Side of the square images that the model sees, pixels."""
+    crop: Literal["resized", "padded", "none"] = "resized"
+    """Training crop: random resized crop (ImageNet), shift by up to crop_pad_px (CIFAR), or the centre."""
+    crop_scale_min: float = 0.08
+    """Smallest share of the image's area that a resized crop takes."""
+    crop_pad_px: int = 4
+    """Largest shift of a padded crop, in pixels of the stored image."""
+    flip: bool = True
+    """Mirror half of the training images."""
+    val_crop_ratio: float = 0.875
+    """Share of the short side that the central validation crop takes."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Channel means subtracted on the device, for pixels in 0 … 1."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Channel standard deviations divided by on the device."""
+    threads: int = 0
+    """Decoding threads per rank; 0 shares the host's cores among its ranks."""
+    prefetch_batches: int = 4
+    """Batches read and decoded ahead of the step."""
+    damaged_limit: float = 0.0001
+    """Share of an epoch's samples that may fail to decode before the run stops with their list."""
+
+    def __post_init__(self) -> None:
+        _require(self.image_size >= 1, f"data.image_size is {self.image_size}, but must be at least 1 pixel.")
+        _require(0.0 < self.crop_scale_min <= 1.0, f"data.crop_scale_min is {self.crop_scale_min:g}, not in (0, 1].")
+        _require(0.0 < self.val_crop_ratio <= 1.0, f"data.val_crop_ratio is {self.val_crop_ratio:g}, not in (0, 1].")
+        _require(self.crop_pad_px >= 0, f"data.crop_pad_px is {self.crop_pad_px}, but must be at least 0.")
+        _require(self.threads >= 0, f"data.threads is {self.threads}, but must be at least 0 (0 = automatic).")
+        _require(self.prefetch_batches >= 1, f"data.prefetch_batches is {self.prefetch_batches}, must be at least 1.")
+        _require(all(s > 0 for s in self.std), f"data.std is {self.std}, but every value must be above 0.")
+        _require_share("data.damaged_limit", self.damaged_limit)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    name: str = "resnet50"
+    """A torchvision classification model by name, or small_cnn (for images of 8 to 64 pixels)."""
+    num_classes: int = 0
+    """Outputs of the model; 0 takes the number of classes in data.train."""
+    norm: Literal["batch", "sync", "group"] = "batch"
+    """Normalisation: per-rank batch statistics, statistics synchronised across ranks (GPUs only), or groups."""
+    width: int = 64
+    """Channels of small_cnn's first stage."""
+    channels_last: bool = True
+    """Keep images and weights in channels_last memory format."""
+
+    def __post_init__(self) -> None:
+        _require(self.num_classes >= 0, f"model.num_classes is {self.num_classes}, but must be at least 0.")
+        _require(
+            self.width >= 8 and self.width % 8 == 0,
+            f"model.width is {self.width}, but must be a multiple of 8, at least 8.",
+        )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer. sgd uses Nesterov momentum."""
+    lr: float = 0.5
+    """Peak learning rate, for the global batch size given."""
+    momentum: float = 0.9
+    """SGD's momentum; AdamW's first beta."""
+    weight_decay: float = 5e-5
+    """Weight decay of weights with two or more dimensions; norms and biases have none."""
+    warmup_epochs: float = 1.0
+    """Epochs over which the learning rate rises linearly from 0."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the learning rate falls to 0 after the warm-up, as a function of data passes."""
+    label_smoothing: float = 0.0
+    """Label smoothing of the training loss; significance always uses hard labels."""
+    clip_grad_norm: float = 0.0
+    """Largest L2 norm of the gradient; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optim.lr is {self.lr:g}, but must be above 0.")
+        _require(0.0 <= self.momentum < 1.0, f"optim.momentum is {self.momentum:g}, not in [0, 1).")
+        _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay:g}, but must be at least 0.")
+        _require(self.warmup_epochs >= 0, f"optim.warmup_epochs is {self.warmup_epochs:g}, must be at least 0.")
+        _require(0.0 <= self.label_smoothing < 1.0, f"optim.label_smoothing is {self.label_smoothing:g}, not in [0, 1)")
+        _require(self.clip_grad_norm >= 0, f"optim.clip_grad_norm is {self.clip_grad_norm:g}, must be at least 0.")
+
+
+@dataclass(frozen=True)
+class GateConfig:
+    policy: Literal["sundew", "full"] = "sundew"
+    """Which samples an epoch trains on: sundew selects by remembered significance, full takes all."""
+    target_rate: float = 0.4
+    """Share of the samples that a gated epoch trains on."""
+    p_min: float = 0.2
+    """Chance that a sample below the threshold is kept all the same; must not exceed target_rate."""
+    warmup_epochs: int = 1
+    """First epochs, trained on everything."""
+    anneal_share: float = 0.1
+    """Last share of all epochs, trained on everything."""
+    loss_weight: float = 0.7
+    """Weight of the cross-entropy in a sample's significance."""
+    entropy_weight: float = 0.3
+    """Weight of the prediction's entropy in a sample's significance."""
+    memory_decay: float = 0.0
+    """Share of the old value kept when a sample's remembered significance is updated; 0 keeps the newest."""
+    ki: float = 0.05
+    """Gain of the threshold's integral term."""
+
+    def __post_init__(self) -> None:
+        _require(0.0 < self.target_rate <= 1.0, f"gate.target_rate is {self.target_rate:g}, not in (0, 1].")
+        _require(
+            0.0 <= self.p_min <= self.target_rate,
+            f"gate.p_min is {self.p_min:g}, but must lie in 0 … gate.target_rate ({self.target_rate:g}), since the "
+            "random share is part of the target. Lower gate.p_min or raise gate.target_rate.",
+        )
+        _require(self.warmup_epochs >= 0, f"gate.warmup_epochs is {self.warmup_epochs}, but must be at least 0.")
+        _require_share("gate.anneal_share", self.anneal_share)
+        _require(0.0 <= self.memory_decay < 1.0, f"gate.memory_decay is {self.memory_decay:g}, not in [0, 1).")
+        _require(self.ki >= 0, f"gate.ki is {self.ki:g}, but must be at least 0.")
+        for name in ("loss_weight", "entropy_weight"):
+            _require(getattr(self, name) >= 0, f"gate.{name} is {getattr(self, name):g}, but must be at least 0.")
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    epochs: int = 30
+    """Passes over the data set (a gated pass counts as one)."""
+    global_batch_size: int = 256
+    """Samples per optimizer step, over all ranks."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Autocast precision; fp16 adds a gradient scaler."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    deterministic: bool = False
+    """Use deterministic kernels only (bit-identical runs on GPUs, slower)."""
+    eval_every_epochs: int = 1
+    """Epochs between evaluations; the last epoch is always evaluated."""
+
+    def __post_init__(self) -> None:
+        _require(self.epochs >= 1, f"loop.epochs is {self.epochs}, but must be at least 1.")
+        _require(self.global_batch_size >= 1, f"loop.global_batch_size is {self.global_batch_size}, must be at least 1")
+        _require(self.eval_every_epochs >= 1, f"loop.eval_every_epochs is {self.eval_every_epochs}, must be at least 1")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every_s: float = 120.0
+    """Seconds between checkpoints; 0 saves by steps and epochs only."""
+    every_steps: int = 0
+    """Steps between checkpoints; 0 saves by time and epochs only."""
+    keep_last: int = 3
+    """Newest checkpoints that are kept, besides the one with the best validation accuracy."""
+    grace_s: float = 20.0
+    """Seconds after SIGTERM in which the save must be done; then the worker ends by itself."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_s >= 0, f"checkpoint.every_s is {self.every_s:g}, but must be at least 0.")
+        _require(self.every_steps >= 0, f"checkpoint.every_steps is {self.every_steps}, but must be at least 0.")
+        _require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}, but must be at least 1.")
+        _require(self.grace_s > 0, f"checkpoint.grace_s is {self.grace_s:g}, but must be above 0.")
+
+
+@dataclass(frozen=True)
+class SessionConfig:
+    hours: float = 0.0
+    """Hours after which this session saves and ends with exit code 0, more to do; 0 has no limit."""
+
+    def __post_init__(self) -> None:
+        _require(self.hours >= 0, f"session.hours is {self.hours:g}, but must be at least 0 (0 = no limit).")
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    every_steps: int = 10
+    """Steps between rows of metrics.jsonl."""
+    dashboard: bool = True
+    """Draw dashboard.png at each epoch's end, in a process beside the training."""
+    quiet: bool = False
+    """Print warnings and errors only."""
+    wandb: Literal["off", "offline", "online"] = "off"
+    """Weights & Biases: off, a local offline run, or online."""
+    wandb_project: str = "ast-dist"
+    """W&B project of the run."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 1, f"track.every_steps is {self.every_steps}, but must be at least 1.")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train an image classifier on the samples that still teach it something."""
+
+    run_dir: str = ""
+    """Folder of the run: checkpoints, metrics, dashboard. Run the same command again to go on."""
+    preset: str | None = None
+    """Named settings to start from (see ast_dist/presets)."""
+    config: str | None = None
+    """YAML file of settings, applied after the preset and before the other arguments."""
+    seed: int = 0
+    """Seed of initialisation, order, augmentation and selection."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto goes on where the run stopped, must refuses to start anew, never moves the old run aside first."""
+    dry_run: bool = False
+    """Check everything, print what would be done, write nothing."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    loop: LoopConfig = field(default_factory=LoopConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    session: SessionConfig = field(default_factory=SessionConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    def __post_init__(self) -> None:
+        _require(bool(self.run_dir), "--run-dir is missing. Name the folder of the run, for instance --run-dir runs/1.")
+        for name in ("train", "val"):
+            _require(bool(getattr(self.data, name)), f"--data.{name} is missing. Name the folder of the {name} shards.")
+
+
+# Fields that may change between the sessions of one run, because no trained weight depends on them.
+FREE_BETWEEN_SESSIONS = {
+    *("run_dir", "preset", "config", "resume", "dry_run", "checkpoint", "session", "track"),
+    *("data.train", "data.val", "data.cache", "data.cache_mb", "data.threads", "data.prefetch_batches"),
+    *("data.decoder", "data.damaged_limit", "loop.eval_every_epochs"),
+}
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(p.name[:-5] for p in resources.files("ast_dist.presets").iterdir() if p.name.endswith(".yaml"))
+
+
+def parse(argv: Sequence[str], prog: str = "python -m ast_dist.train") -> Config:
+    """Build the configuration from command-line arguments.
+
+    Raises UserError, in one line, for an unknown key (with the nearest known one), a value of the wrong type or
+    outside its range, an unknown preset or an unreadable YAML file. `--help` prints and raises SystemExit(0).
+    """
+    import tyro  # imported here: commands that only read a run need no parser
+
+    argv = list(argv)
+    before: list[str] = []
+    preset = _last_value(argv, "--preset")
+    if preset is not None:
+        if preset not in preset_names():
+            raise UserError(f"--preset {preset}: no such preset. There are: {', '.join(preset_names())}.")
+        text = resources.files("ast_dist.presets").joinpath(f"{preset}.yaml").read_text(encoding="utf-8")
+        before += _yaml_to_argv(text, f"preset {preset}")
+    config_file = _last_value(argv, "--config")
+    if config_file is not None:
+        try:
+            text = Path(config_file).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--config {config_file}: cannot be read ({error}).") from None
+        in_file = _yaml_to_argv(text, config_file)
+        _parse_strictly(tyro, before + in_file + ["--run-dir=x", "--data.train=x", "--data.val=x"], prog, config_file)
+        before += in_file
+    return _parse_strictly(tyro, before + argv, prog, None)
+
+
+def _parse_strictly(tyro: Any, argv: list[str], prog: str, source: str | None) -> Config:
+    """Let tyro parse, and turn its framed error into one line (its suggestions are kept)."""
+    if {"-h", "--help"} & set(argv):
+        tyro.cli(Config, args=argv, prog=prog)
+    captured = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(captured), contextlib.redirect_stdout(captured), _wide_terminal():
+            return tyro.cli(Config, args=argv, prog=prog)
+    except SystemExit as stop:
+        if stop.code == 0:
+            raise
+        message = _one_line(captured.getvalue()) or "the arguments cannot be parsed"
+        raise UserError(f"{source}: {message}" if source else message) from None
+
+
+@contextlib.contextmanager
+def _wide_terminal() -> Iterator[None]:
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = "4000"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["COLUMNS"]
+        else:
+            os.environ["COLUMNS"] = before
+
+
+def _one_line(framed: str) -> str:
+    """Take tyro's message out of its frame and join it to one line."""
+    lines = []
+    # The frame's first line is a title that the message repeats.
+    for raw in re.sub(r"\x1b\[[0-9;]*m", "", framed).splitlines()[1:]:
+        line = raw.strip(" |+│╭╮╰╯")
+        is_rule = not line.strip("-─")
+        if not is_rule and not line.startswith("For full helptext"):
+            lines.append(line)
+    # "Error parsing gate: gate.p_min is …" names the key twice: our own messages start with it.
+    return re.sub(r"^Error parsing \w+: (?=(\w+\.\w+|--\S+) is )", "", " ".join(lines))
+
+
+def _last_value(argv: Sequence[str], flag: str) -> str | None:
+    """The value that `flag` was last given, as `--flag VALUE` or `--flag=VALUE`."""
+    value = None
+    for position, word in enumerate(argv):
+        if word == flag and position + 1 < len(argv):
+            value = argv[position + 1]
+        elif word.startswith(f"{flag}="):
+            value = word.split("=", 1)[1]
+    return value
+
+
+def _yaml_to_argv(text: str, source: str) -> list[str]:
+    """Flatten YAML settings into arguments: {gate: {target_rate: 0.3}} → ["--gate.target-rate", "0.3"]."""
+    try:
+        tree = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"{source}: not valid YAML ({' '.join(str(error).split())}).") from None
+    if tree is None:
+        return []
+    if not isinstance(tree, dict):
+        raise UserError(f"{source}: expected keys like `gate: {{target_rate: 0.3}}`, found a {type(tree).__name__}.")
+    return list(_flatten(tree, ""))
+
+
+def _flatten(tree: dict[str, Any], prefix: str) -> Iterator[str]:
+    for key, value in tree.items():
+        name = f"{prefix}{key}".replace("_", "-")
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, bool):
+            head, _, leaf = name.rpartition(".")
+            yield f"--{name}" if value else f"--{head + '.' if head else ''}no-{leaf}"
+        elif isinstance(value, list):
+            yield f"--{name}"
+            yield from map(str, value)
+        else:
+            yield f"--{name}"
+            yield str(value)
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as nested plain values, ready for YAML or JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(inner) for key, inner in value.items()}
+        return list(value) if isinstance(value, tuple) else value
+
+    return plain(dataclasses.asdict(config))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """Name the settings that differ and that trained weights depend on: ["gate.target_rate: 0.4 → 0.3"].
+
+    old, new: results of `to_dict`. Keys in FREE_BETWEEN_SESSIONS are passed over.
+    """
+    found = []
+    for key in sorted({*old, *new}):
+        name = f"{prefix}{key}"
+        if name in FREE_BETWEEN_SESSIONS:
+            continue
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += differences(before, after, f"{name}.")
+        elif before != after:
+            found.append(f"{name}: {before} → {after}")
+    return found
+
+
+if __name__ == "__main__":
+    print(parse(sys.argv[1:]))

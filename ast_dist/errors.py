@@ -1,0 +1,29 @@
+"""The one exception a person can mend, and how a command ends on it."""
+
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(ValueError):
+    """Input that the person who typed the command can mend.
+
+    The message is one line: what is wrong, where, both numbers where there are two, and what to do next.
+    Commands turn it into exit code 2; nothing on disk has been changed when it is raised.
+    """
+
+
+def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
+    """Run `main(argv)` and return its exit code: 2 with one line on stderr for a UserError, 130 for Ctrl-C.
+
+    Under torchrun only local rank 0 prints, since every rank finds the same fault in the same input.
+    """
+    try:
+        return main(sys.argv[1:] if argv is None else argv) or 0
+    except UserError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        return 130
