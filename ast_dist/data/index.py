@@ -10,11 +10,14 @@ A sample's id is its row, 0 … num_samples - 1, in the order of the shards. Arr
 costs the same for a thousand samples and for a billion.
 """
 
+import contextlib
 import hashlib
 import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -31,6 +34,7 @@ FIELDS: dict[str, type[np.generic]] = {
     "width": np.int32,
     "crc32": np.uint32,  # zlib.crc32 of the encoded bytes
 }
+KEYS_NAME = "keys"  # WebDataset keys, ASCII, fixed width
 
 
 @dataclass(frozen=True)
@@ -67,37 +71,18 @@ class Index:
 
     def key(self, sample_id: int) -> str:
         """The sample's WebDataset key, for messages."""
-        return self.keys[sample_id].decode()
+        return bytes(self.keys[sample_id]).decode()
 
     @classmethod
     def open(cls, root: Path | str) -> "Index":
         """Open a finished split and check that every shard is there in full.
 
         Raises UserError when the folder, the manifest or a shard is missing, when a shard's size is not the one
-        the manifest states, or when the set was written by a newer format.
+        the manifest states, when a field has the wrong length or type, or when the set was written by a newer format.
         """
         root = Path(root)
-        manifest_path = root / MANIFEST_NAME
-        if not root.is_dir():
-            raise UserError(f"{root}: no such folder. Make it: python -m data_prep.make_shards SRC {root.parent}")
-        if not manifest_path.is_file():
-            found = sorted(p.parent.name for p in root.glob(f"*/{MANIFEST_NAME}"))
-            hint = (
-                f"Did you mean {root / found[0]}?"
-                if found
-                else "Conversion did not finish, or this is not a shard folder: run data_prep.make_shards (again)."
-            )
-            raise UserError(f"{root}: no {MANIFEST_NAME} in this folder. {hint}")
-        raw = manifest_path.read_bytes()
-        try:
-            manifest = json.loads(raw)
-            version, shards, count = manifest["format_version"], manifest["shards"], manifest["num_samples"]
-        except (json.JSONDecodeError, KeyError) as error:
-            raise UserError(f"{manifest_path}: not a manifest ({error!r}). Run data_prep.make_shards again.") from None
-        if version > FORMAT_VERSION:
-            raise UserError(
-                f"{manifest_path}: format {version}, but this ast_dist reads up to {FORMAT_VERSION}. Upgrade ast-dist."
-            )
+        manifest, digest = read_manifest(root)
+        shards, count = manifest["shards"], manifest["num_samples"]
         for number, shard in enumerate(shards):
             path = root / shard["name"]
             if not path.is_file():
@@ -110,8 +95,47 @@ class Index:
                     f"{path}: the file has {path.stat().st_size:,} bytes, but the manifest states "
                     f"{shard['bytes']:,}. Restore the file or run data_prep.make_shards again."
                 )
-        fields = {name: load_field(root, name, count) for name in [*FIELDS, "keys"]}
-        return cls(root=root, manifest=manifest, hash=hashlib.sha256(raw).hexdigest(), **fields)
+        fields = {name: load_field(root, name, count) for name in [*FIELDS, KEYS_NAME]}
+        return cls(root=root, manifest=manifest, hash=digest, **fields)
+
+
+def read_manifest(root: Path) -> tuple[dict[str, Any], str]:
+    """Read a split's manifest.json. Returns it parsed, and the SHA-256 (hex) of its bytes.
+
+    Raises UserError when the folder or the manifest is missing (naming a split below, if there is one), when it
+    is no manifest, or when it was written by a newer format.
+    """
+    path = root / MANIFEST_NAME
+    if not root.is_dir():
+        raise UserError(f"{root}: no such folder. Make it: python -m data_prep.make_shards SRC {root.parent}")
+    if not path.is_file():
+        found = sorted(p.parent.name for p in root.glob(f"*/{MANIFEST_NAME}"))
+        hint = (
+            f"Did you mean {root / found[0]}?"
+            if found
+            else "Conversion did not finish, or this is not a shard folder: run data_prep.make_shards (again)."
+        )
+        raise UserError(f"{root}: no {MANIFEST_NAME} in this folder. {hint}")
+    raw = path.read_bytes()
+    try:
+        manifest = json.loads(raw)
+        version = manifest["format_version"]
+        if version > FORMAT_VERSION:
+            raise UserError(
+                f"{path}: format {version}, but this ast_dist reads up to {FORMAT_VERSION}. Upgrade ast-dist."
+            )
+        stated, in_shards = manifest["num_samples"], sum(shard["samples"] for shard in manifest["shards"])
+        if not (manifest["classes"] and all({"name", "bytes", "sha256"} <= {*s} for s in manifest["shards"])):
+            raise KeyError("classes or shards are incomplete")
+    except UserError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a manifest ({error!r}). Run data_prep.make_shards again.") from None
+    if in_shards != stated:
+        raise UserError(
+            f"{path}: {stated:,} samples, but its shards hold {in_shards:,}. Run data_prep.make_shards again."
+        )
+    return manifest, hashlib.sha256(raw).hexdigest()
 
 
 def field_path(root: Path, name: str) -> Path:
@@ -120,14 +144,78 @@ def field_path(root: Path, name: str) -> Path:
 
 
 def load_field(root: Path, name: str, count: int) -> np.ndarray:
-    """Memory-map one field and check its length against the manifest's count."""
+    """Memory-map one field and check its length against the manifest's count, and its type against FIELDS.
+
+    Raises UserError when the file cannot be read or is not what the manifest and FIELDS state.
+    """
     path = field_path(root, name)
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path}: cannot be read ({error}). Run data_prep.make_shards again.") from None
-    if len(array) != count:
+    if array.shape != (count,):
         raise UserError(
-            f"{path}: {len(array):,} rows, but the manifest states {count:,}. Run data_prep.make_shards again."
+            f"{path}: {array.shape[0] if array.ndim == 1 else array.shape} rows, but the manifest states {count:,}. "
+            "Run data_prep.make_shards again."
         )
+    expected = FIELDS.get(name)
+    if array.dtype != expected if expected else array.dtype.kind != "S":
+        wanted = np.dtype(expected).name if expected else "bytes"
+        raise UserError(f"{path}: values are {array.dtype}, not {wanted}. Run data_prep.make_shards again.")
     return array
+
+
+def write_index(root: Path, fields: Mapping[str, np.ndarray], keys: Sequence[bytes]) -> None:
+    """Write the index of a split; the counterpart of `load_field`.
+
+    fields: one (N,) array for every name in FIELDS, cast to its dtype. keys: the N samples' WebDataset keys.
+    """
+    if fields.keys() != FIELDS.keys():
+        raise ValueError(f"fields are {sorted(fields)}, not {sorted(FIELDS)}")
+    arrays = {name: np.asarray(fields[name], dtype) for name, dtype in FIELDS.items()}
+    arrays[KEYS_NAME] = np.asarray(keys, np.bytes_)
+    field_path(root, KEYS_NAME).parent.mkdir(exist_ok=True)
+    for name, array in arrays.items():
+        with replaced_file(field_path(root, name)) as file:
+            np.save(file, array, allow_pickle=False)
+    sync_folder(field_path(root, KEYS_NAME).parent)
+
+
+def write_manifest(root: Path, manifest: Mapping[str, Any]) -> None:
+    """Write manifest.json, which makes the split a finished one: call it last.
+
+    manifest: at least format_version, num_samples, classes (names, by class number) and shards (name, bytes,
+    samples and sha256 of each, in the order of their numbers).
+    """
+    sync_folder(root)  # no crash may leave a manifest beside shards whose names are not on disk yet
+    with replaced_file(root / MANIFEST_NAME) as file:
+        file.write((json.dumps(manifest, indent=1) + "\n").encode("ascii"))
+    sync_folder(root)
+
+
+@contextlib.contextmanager
+def replaced_file(path: Path, temporary: Path | None = None) -> Iterator[BinaryIO]:
+    """Write a file that appears under its name only when it is complete and on disk.
+
+    temporary: where it is written until then, on the same file system; PATH.tmp unless given. When the block
+    raises, the temporary file is removed and `path` stays as it was.
+    """
+    temporary = temporary or path.with_name(f"{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

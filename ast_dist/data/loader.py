@@ -6,8 +6,9 @@ flight; nothing outside the plan is read.
 """
 
 import os
+import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -25,6 +26,8 @@ from ast_dist.data.read import DamagedSampleError, Reader
 
 # BatchNorm refuses a single value per channel, and a rank without samples must still take part in the step.
 _MIN_ROWS = 2
+
+_Crops = Callable[[np.ndarray], augment.Crops]
 
 
 @dataclass
@@ -67,6 +70,7 @@ class Loader:
         self.reader = Reader(index)
         self.cache = make_cache(index, config)
         self.samples_decoded = 0
+        self._count_lock = threading.Lock()
         self.threads = config.threads or max(1, (os.cpu_count() or 1) // local_world_size)
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
 
@@ -120,7 +124,7 @@ class Loader:
             for item in pending:
                 item.cancel()
 
-    def _start(self, step: int, global_ids: np.ndarray, global_weights: np.ndarray | None, crops) -> "_Pending":
+    def _start(self, step: int, global_ids: np.ndarray, global_weights: np.ndarray | None, crops: _Crops) -> "_Pending":
         ids = rank_share(global_ids, self.rank, self.world_size)
         rows, size = max(len(ids), _MIN_ROWS), self.config.image_size
         batch = Batch(
@@ -163,7 +167,8 @@ class Loader:
             if cached is not None:
                 return torch.from_numpy(cached)
         image = decode(self.reader.read(sample_id), sample_id, self.index.key(sample_id))
-        self.samples_decoded += 1
+        with self._count_lock:
+            self.samples_decoded += 1
         if self.cache is not None:
             self.cache.put(sample_id, image.numpy())
         return image
@@ -179,6 +184,9 @@ class _Pending:
     def result(self) -> Batch:
         for future in self.futures:
             future.result()
+        if int((self.batch.ids >= 0).sum()) == 1:
+            # A lone sample is padded with itself: a black image would bend this rank's batch statistics.
+            self.batch.images[1] = self.batch.images[0]
         return self.batch
 
     def cancel(self) -> None:

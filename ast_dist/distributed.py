@@ -1,0 +1,119 @@
+"""The world: which rank this is, on which device, and the few collectives that training uses."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ast_dist.errors import UserError
+
+_TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all.
+
+    rank: 0 … size - 1. size: number of processes. local_rank, local_size: the same on this host. restart: how often
+    torchrun has restarted this job. device: where this rank computes.
+    """
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+    restart: int
+    device: torch.device
+
+    @classmethod
+    def start(cls) -> "World":
+        """Join the process group that torchrun's environment describes; without it, a group of one.
+
+        GPUs use NCCL for their tensors, and gloo serves the CPU's tensors everywhere. A group of one needs no port.
+        Raises UserError when a host has more ranks than GPUs.
+        """
+        env = os.environ
+        local_rank, local_size = int(env.get("LOCAL_RANK", "0")), int(env.get("LOCAL_WORLD_SIZE", "1"))
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            if local_size > torch.cuda.device_count():
+                raise UserError(
+                    f"{local_size} processes on this host, but it has {torch.cuda.device_count()} GPUs. "
+                    f"Use --nproc_per_node={torch.cuda.device_count()}."
+                )
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in env and "MASTER_ADDR" in env:
+            dist.init_process_group(backend, timeout=_TIMEOUT)
+        else:
+            dist.init_process_group(backend, timeout=_TIMEOUT, rank=0, world_size=1, store=dist.HashStore())
+        return cls(
+            rank=dist.get_rank(),
+            size=dist.get_world_size(),
+            local_rank=local_rank,
+            local_size=local_size,
+            restart=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            device=device,
+        )
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this rank writes: rank 0."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum a tensor over the ranks, in place, and return it. Integers give the same bits in any order.
+
+        Raises RuntimeError when a peer is lost; torchrun then restarts all ranks.
+        """
+        dist.all_reduce(values)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value of a picklable object, on every rank."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value of a picklable object, in order of rank, on every rank."""
+        boxes: list[Any] = [None] * self.size
+        dist.all_gather_object(boxes, value)
+        return boxes
+
+    def gather_rows(self, ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """Concatenate the rows of all ranks, in order of rank.
+
+        ids: (n,) int64, scores: (n,) float32, n may differ between ranks. Returns both over all ranks, on the CPU.
+        """
+        ids, scores = ids.cpu(), scores.cpu()
+        counts = self.sum(torch.eye(self.size, dtype=torch.int64)[self.rank] * len(ids)).tolist()
+        longest = max(counts)
+        padded_ids, padded_scores = torch.zeros(longest, dtype=torch.int64), torch.zeros(longest)
+        padded_ids[: len(ids)], padded_scores[: len(ids)] = ids, scores
+        all_ids = [torch.empty_like(padded_ids) for _ in counts]
+        all_scores = [torch.empty_like(padded_scores) for _ in counts]
+        dist.all_gather(all_ids, padded_ids)
+        dist.all_gather(all_scores, padded_scores)
+        return (
+            torch.cat([rows[:count] for rows, count in zip(all_ids, counts, strict=True)]),
+            torch.cat([rows[:count] for rows, count in zip(all_scores, counts, strict=True)]),
+        )
+
+    def broadcast_buffers(self, module: torch.nn.Module) -> None:
+        """Give every rank rank 0's buffers (batch statistics), as DDP does before each forward."""
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.sum(torch.zeros(1, dtype=torch.int64))
+
+    def close(self) -> None:
+        """Leave the process group."""
+        dist.destroy_process_group()

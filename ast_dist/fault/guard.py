@@ -1,0 +1,84 @@
+"""When to stop: signals, the session's deadline, and a parent that died."""
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from types import FrameType
+
+_PR_SET_PDEATHSIG = 1
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SECOND_CTRL_C_S = 1.0
+
+
+class Guard:
+    """Turns signals and the deadline into a wish to stop that the loop reads at step boundaries.
+
+    grace_s: seconds from the first signal until the process ends by itself, saved or not. deadline: time.monotonic()
+    at which the session should end, or None.
+
+    A Python signal handler does not run while the main thread waits in C++ (a collective whose peer is gone), so the
+    grace is kept by a thread that the wake-up descriptor reaches. Create it in the main thread.
+    """
+
+    def __init__(self, grace_s: float, deadline: float | None = None) -> None:
+        self.reason: str | None = None
+        self._grace_s = grace_s
+        self._deadline = deadline
+        self._first_signal_at: float | None = None
+        self._is_closed = threading.Event()
+        self._read_end, self._write_end = socket.socketpair()
+        self._write_end.setblocking(False)
+        self._old_wakeup = signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
+        self._old_handlers = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
+        self._thread = threading.Thread(target=self._keep_grace, name="grace", daemon=True)
+        self._thread.start()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            die_with_parent()
+
+    @property
+    def wants_stop(self) -> bool:
+        """Whether this rank has a reason to stop; the ranks agree on it in the step's all-reduce."""
+        if self.reason is None and self._deadline is not None and time.monotonic() >= self._deadline:
+            self.reason = "deadline"
+        return self.reason is not None
+
+    def close(self) -> None:
+        """Give the signals back."""
+        self._is_closed.set()
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(self._old_wakeup)
+        self._write_end.close()
+        self._thread.join()
+        self._read_end.close()
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._first_signal_at is None:
+            self._first_signal_at = now
+            self.reason = signal.Signals(number).name
+        elif number == signal.SIGINT and now - self._first_signal_at > _SECOND_CTRL_C_S:
+            # torchrun passes a terminal's Ctrl-C on, so the same key press may come twice within a moment.
+            raise KeyboardInterrupt
+
+    def _keep_grace(self) -> None:
+        with contextlib.suppress(OSError):
+            while data := self._read_end.recv(16):
+                if any(number in _STOP_SIGNALS for number in data):
+                    break
+            else:
+                return
+        if not self._is_closed.wait(self._grace_s):
+            print(f"not saved within the grace of {self._grace_s:g} s: ending without", file=sys.stderr, flush=True)
+            os._exit(1)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies: a killed agent would leave orphans that train on."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

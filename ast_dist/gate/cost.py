@@ -1,0 +1,65 @@
+"""What a run spent, counted: samples and floating-point operations. Energy is measured elsewhere, never computed."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+@dataclass
+class Ledger:
+    """Cumulative counts over all ranks and sessions of a run.
+
+    forwarded, backwarded: samples that went through the model in training. full_equivalent: samples that training
+    everything would have taken to the same point. damaged: samples that failed to decode.
+    """
+
+    forwarded: int = 0
+    backwarded: int = 0
+    full_equivalent: int = 0
+    damaged: int = 0
+
+    @property
+    def samples_skipped(self) -> int:
+        """Samples that full training would have trained up to here and this run did not."""
+        return self.full_equivalent - self.backwarded
+
+    def flops_saved(self, flops: "SampleFlops") -> float:
+        """Share of full training's FLOPs that were not spent, 0 … 1 (negative where scoring cost more than it saved)."""
+        full = self.full_equivalent * flops.step
+        return 1.0 - (self.forwarded * flops.forward + self.backwarded * flops.backward) / full if full else 0.0
+
+    def to_dict(self) -> dict[str, int]:
+        """As plain numbers, for the checkpoint."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SampleFlops:
+    """Floating-point operations of one sample: its forward pass, its backward pass."""
+
+    forward: float
+    backward: float
+
+    @property
+    def step(self) -> float:
+        """Forward and backward together."""
+        return self.forward + self.backward
+
+
+def count_flops(model: nn.Module, images: Tensor, labels: Tensor) -> SampleFlops:
+    """Count one sample's FLOPs by running the model forward and backward once under torch's FLOP counter.
+
+    images: (n, 3, H, W) as the model takes them, n ≥ 2 for batch statistics. Gradients are left behind, and batch
+    statistics are updated: call it where both are reset afterwards.
+    """
+    with FlopCounterMode(display=False) as counter:
+        loss = nn.functional.cross_entropy(model(images).float(), labels)
+        forward = counter.get_total_flops()
+        loss.backward()
+    total = counter.get_total_flops()
+    n = len(images)
+    if images.device.type == "cuda":
+        torch.cuda.synchronize()
+    return SampleFlops(forward / n, (total - forward) / n)

@@ -1,0 +1,115 @@
+"""The model, its optimizer, and the learning rate as a pure function of progress."""
+
+import difflib
+import math
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+from ast_dist.config import DataConfig, ModelConfig, OptimConfig
+from ast_dist.errors import UserError
+
+_GROUPS = 8
+
+
+def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
+    """Build a classifier with `num_classes` outputs: small_cnn or a torchvision model by name.
+
+    Raises UserError for a name that torchvision does not know.
+    """
+    norm = _norm_layer(config.norm)
+    if config.name == "small_cnn":
+        model: nn.Module = SmallCnn(num_classes, config.width, norm)
+    else:
+        known = torchvision.models.list_models(module=torchvision.models)
+        if config.name not in known:
+            near = difflib.get_close_matches(config.name, [*known, "small_cnn"], n=3)
+            hint = f" Perhaps you meant: {', '.join(near)}." if near else ""
+            raise UserError(f"model.name is {config.name}: torchvision has no such classification model.{hint}")
+        options = {} if config.norm == "batch" else {"norm_layer": norm}
+        try:
+            model = torchvision.models.get_model(config.name, weights=None, num_classes=num_classes, **options)
+        except TypeError:
+            raise UserError(f"model.norm is {config.norm}, but {config.name} takes no other norm than its own.") from None
+    if config.norm == "sync":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model
+
+
+def _norm_layer(norm: str) -> type[nn.Module]:
+    return _GroupNorm if norm == "group" else nn.BatchNorm2d
+
+
+class _GroupNorm(nn.GroupNorm):
+    """GroupNorm with BatchNorm2d's signature; a sample's output does not depend on the rest of its batch."""
+
+    def __init__(self, num_channels: int) -> None:
+        super().__init__(math.gcd(_GROUPS, num_channels), num_channels)
+
+
+class SmallCnn(nn.Sequential):
+    """Six 3 × 3 convolutions in three stages with pooling between, for images of 8 to 64 pixels.
+
+    width: channels of the first stage; the next ones have two and four times as many.
+    """
+
+    def __init__(self, num_classes: int, width: int = 64, norm: type[nn.Module] = nn.BatchNorm2d) -> None:
+        def conv(channels_in: int, channels_out: int) -> list[nn.Module]:
+            return [
+                nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
+                norm(channels_out),
+                nn.ReLU(inplace=True),
+            ]
+
+        super().__init__(
+            *conv(3, width),
+            *conv(width, width),
+            nn.MaxPool2d(2),
+            *conv(width, 2 * width),
+            *conv(2 * width, 2 * width),
+            nn.MaxPool2d(2),
+            *conv(2 * width, 4 * width),
+            *conv(4 * width, 4 * width),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(4 * width, num_classes),
+        )
+
+
+class Normalize:
+    """Turns uint8 images into the model's input, on the device."""
+
+    def __init__(self, config: DataConfig, device: torch.device, channels_last: bool) -> None:
+        self._mean = torch.tensor(config.mean, device=device).view(1, 3, 1, 1) * 255.0
+        self._scale = 1.0 / (torch.tensor(config.std, device=device).view(1, 3, 1, 1) * 255.0)
+        self._format = torch.channels_last if channels_last else torch.contiguous_format
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """images: (n, 3, H, W) uint8. Returns (n, 3, H, W) float32 with the configured mean and std taken out."""
+        return ((images.float() - self._mean) * self._scale).contiguous(memory_format=self._format)
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:
+    """Build the optimizer; parameters with fewer than two dimensions (norms, biases) have no weight decay."""
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim >= 2]
+    plain = [p for p in model.parameters() if p.requires_grad and p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    if config.name == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr, betas=(config.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=config.momentum > 0)
+
+
+def lr_at(progress: float, epochs: int, config: OptimConfig) -> float:
+    """Learning rate at a point of the run, a pure function: a resumed or gated run needs no scheduler state.
+
+    progress: data passes done over all data passes, 0 … 1. A gated epoch is one pass, so a run that skips samples
+    goes through the same schedule as one that does not.
+    """
+    warmup = min(config.warmup_epochs / epochs, 1.0)
+    if progress < warmup:
+        return config.lr * progress / warmup
+    done = (progress - warmup) / (1.0 - warmup) if warmup < 1.0 else 1.0
+    return config.lr * (0.5 * (1.0 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1.0 - done)
