@@ -5,11 +5,7 @@ word wins and a typo gets the same answer wherever it was made. Everything that 
 or devices is validated in `__post_init__`.
 """
 
-import contextlib
 import dataclasses
-import io
-import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
+from ast_dist.arguments import parse_arguments
 from ast_dist.errors import UserError
 
 
@@ -277,8 +274,6 @@ def parse(argv: Sequence[str], prog: str = "python -m ast_dist.train") -> Config
     Raises UserError, in one line, for an unknown key (with the nearest known one), a value of the wrong type or
     outside its range, an unknown preset or an unreadable YAML file. `--help` prints and raises SystemExit(0).
     """
-    import tyro  # imported here: commands that only read a run need no parser
-
     argv = list(argv)
     before: list[str] = []
     preset = _last_value(argv, "--preset")
@@ -294,50 +289,10 @@ def parse(argv: Sequence[str], prog: str = "python -m ast_dist.train") -> Config
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--config {config_file}: cannot be read ({error}).") from None
         in_file = _yaml_to_argv(text, config_file)
-        _parse_strictly(tyro, before + in_file + ["--run-dir=x", "--data.train=x", "--data.val=x"], prog, config_file)
+        needed = ["--run-dir=x", "--data.train=x", "--data.val=x"]
+        parse_arguments(Config, before + in_file + needed, prog, config_file)
         before += in_file
-    return _parse_strictly(tyro, before + argv, prog, None)
-
-
-def _parse_strictly(tyro: Any, argv: list[str], prog: str, source: str | None) -> Config:
-    """Let tyro parse, and turn its framed error into one line (its suggestions are kept)."""
-    if {"-h", "--help"} & set(argv):
-        tyro.cli(Config, args=argv, prog=prog)
-    captured = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(captured), contextlib.redirect_stdout(captured), _wide_terminal():
-            return tyro.cli(Config, args=argv, prog=prog)
-    except SystemExit as stop:
-        if stop.code == 0:
-            raise
-        message = _one_line(captured.getvalue()) or "the arguments cannot be parsed"
-        raise UserError(f"{source}: {message}" if source else message) from None
-
-
-@contextlib.contextmanager
-def _wide_terminal() -> Iterator[None]:
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "4000"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = before
-
-
-def _one_line(framed: str) -> str:
-    """Take tyro's message out of its frame and join it to one line."""
-    lines = []
-    # The frame's first line is a title that the message repeats.
-    for raw in re.sub(r"\x1b\[[0-9;]*m", "", framed).splitlines()[1:]:
-        line = raw.strip(" |+│╭╮╰╯")
-        is_rule = not line.strip("-─")
-        if not is_rule and not line.startswith("For full helptext"):
-            lines.append(line)
-    # "Error parsing gate: gate.p_min is …" names the key twice: our own messages start with it.
-    return re.sub(r"^Error parsing \w+: (?=(\w+\.\w+|--\S+) is )", "", " ".join(lines))
+    return parse_arguments(Config, before + argv, prog)
 
 
 def _last_value(argv: Sequence[str], flag: str) -> str | None:

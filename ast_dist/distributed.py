@@ -117,3 +117,33 @@ class World:
     def close(self) -> None:
         """Leave the process group."""
         dist.destroy_process_group()
+
+
+class LaggedRead:
+    """Reads small device tensors one step late, so that the host never waits for the step it has just launched."""
+
+    def __init__(self) -> None:
+        self._host: Tensor | None = None
+        self._event: torch.cuda.Event | None = None
+
+    def swap(self, values: Tensor) -> list[int] | None:
+        """Keep this step's values and return the last step's, None at the first step."""
+        previous = self.flush()
+        if values.device.type == "cuda":
+            self._host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+            self._host.copy_(values, non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+        else:
+            self._host = values
+        return previous
+
+    def flush(self) -> list[int] | None:
+        """Return the values that were kept, waiting for them, and keep none."""
+        if self._host is None:
+            return None
+        if self._event is not None:
+            self._event.synchronize()
+        values: list[int] = self._host.tolist()
+        self._host, self._event = None, None
+        return values

@@ -11,7 +11,12 @@ from ast_dist.model import Normalize
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, loader: Loader, world: World, normalize: Normalize, global_batch_size: int, autocast: torch.autocast
+    model: nn.Module,
+    loader: Loader,
+    world: World,
+    normalize: Normalize,
+    global_batch_size: int,
+    autocast: torch.autocast,
 ) -> dict[str, float]:
     """Evaluate on every sample of the split, each on one rank.
 

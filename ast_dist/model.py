@@ -31,11 +31,13 @@ def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
         try:
             model = torchvision.models.get_model(config.name, weights=None, num_classes=num_classes, **options)
         except TypeError:
-            raise UserError(f"model.norm is {config.norm}, but {config.name} takes no other norm than its own.") from None
+            raise UserError(
+                f"model.norm is {config.norm}, but {config.name} cannot change its norm. Use batch."
+            ) from None
     if config.norm == "sync":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     if config.channels_last:
-        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = model.to(memory_format=torch.channels_last)
     return model
 
 

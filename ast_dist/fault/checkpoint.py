@@ -49,7 +49,7 @@ class Checkpoints:
         if self.world.broadcast(final.exists()):
             return final
         tensors, plain = split(state.state_dict(self.world.rank))
-        error = self._on_main(lambda: commit.new_stage(self.folder, name))
+        error: BaseException | None = self._on_main(lambda: commit.new_stage(self.folder, name))
         if error is None:
             error = self._write(commit.stage_path(self.folder, name), tensors)
         if error is None:
@@ -78,7 +78,8 @@ class Checkpoints:
                     commit.verify(checkpoint)
                 except commit.DamagedCheckpointError as error:
                     aside = commit.quarantine(checkpoint)
-                    warnings.warn(f"{error}; moved to {aside.name}, trying the one before", RuntimeWarning, stacklevel=2)
+                    message = f"{error}; moved to {aside.name}, trying the one before"
+                    warnings.warn(message, RuntimeWarning, stacklevel=2)
                 else:
                     found = checkpoint
                     break
@@ -94,7 +95,7 @@ class Checkpoints:
         if len(hashes) != 1:
             raise RuntimeError(f"{checkpoint}: ranks hold {len(hashes)} different states after loading")
 
-    def _write(self, stage: Path, tensors: dict[str, torch.Tensor]) -> Exception | None:
+    def _write(self, stage: Path, tensors: dict[str, torch.Tensor]) -> BaseException | None:
         try:
             # thread_count above 1 was seen to lose items on an I/O error.
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(stage, thread_count=1, sync_files=False))

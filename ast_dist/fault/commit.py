@@ -75,7 +75,9 @@ def verify(checkpoint: Path) -> dict[str, Any]:
             raise DamagedCheckpointError(f"{file}: {size:,} bytes, but {expected['bytes']:,} were committed")
         digest = _hash(file)
         if digest != expected["sha256"]:
-            raise DamagedCheckpointError(f"{file}: SHA-256 {digest[:12]}…, but {expected['sha256'][:12]}… was committed")
+            raise DamagedCheckpointError(
+                f"{file}: SHA-256 {digest[:12]}…, not the committed {expected['sha256'][:12]}…"
+            )
     return manifest
 
 

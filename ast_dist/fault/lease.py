@@ -33,9 +33,9 @@ class Lease:
                 f"{run_dir}: another process trains here ({owner}). Wait for it, stop it, or choose another --run-dir."
             ) from None
         self.previous_beat = self._read()
-        owner = {"pid": os.getpid(), "host": socket.gethostname()}
+        self_description = {"pid": os.getpid(), "host": socket.gethostname()}
         os.ftruncate(self._file, _BEAT.size)
-        os.pwrite(self._file, json.dumps(owner).encode(), _BEAT.size)
+        os.pwrite(self._file, json.dumps(self_description).encode(), _BEAT.size)
 
     def beat(self, steps: int) -> None:
         """Note that `steps` steps are done. Costs microseconds; survives a SIGKILL of this process."""

@@ -59,7 +59,6 @@ class SafeReader(FileSystemReader):
             raise DamagedCheckpointError(f"{path}: {error}") from None
         if not isinstance(metadata, Metadata):
             raise DamagedCheckpointError(f"{path}: holds a {type(metadata).__name__}, not a checkpoint's metadata")
-        if getattr(metadata, "storage_meta", None) is None:
-            return metadata
-        metadata.storage_meta.load_id = self.load_id
+        if metadata.storage_meta is not None:
+            metadata.storage_meta.load_id = self.load_id
         return metadata

@@ -26,7 +26,7 @@ class Ledger:
         return self.full_equivalent - self.backwarded
 
     def flops_saved(self, flops: "SampleFlops") -> float:
-        """Share of full training's FLOPs that were not spent, 0 … 1 (negative where scoring cost more than it saved)."""
+        """Share of full training's FLOPs that were not spent; negative where scoring cost more than it saved."""
         full = self.full_equivalent * flops.step
         return 1.0 - (self.forwarded * flops.forward + self.backwarded * flops.backward) / full if full else 0.0
 

@@ -1,0 +1,51 @@
+"""What is judged before anything is written: configuration and data against each other."""
+
+from ast_dist.config import Config
+from ast_dist.data.index import Index
+from ast_dist.errors import UserError
+from ast_dist.gate.policy import make_policy
+
+
+def check_data(config: Config, train: Index, val: Index, world_size: int) -> int:
+    """Judge configuration and data against each other; return the number of classes.
+
+    Raises UserError for a global batch smaller than the world, labels outside the model's classes, or splits whose
+    classes differ.
+    """
+    if config.loop.global_batch_size < world_size:
+        raise UserError(
+            f"loop.global_batch_size is {config.loop.global_batch_size}, but there are {world_size} processes. "
+            f"Raise it to at least {world_size} or start fewer processes."
+        )
+    num_classes = config.model.num_classes or train.num_classes
+    for name, index in (("train", train), ("val", val)):
+        if index.num_samples == 0:
+            raise UserError(f"--data.{name} {index.root}: holds no samples.")
+        worst = int(index.label.argmax())
+        label = int(index.label[worst])
+        if label >= num_classes:
+            raise UserError(
+                f"--data.{name} {index.root}: sample {index.key(worst)} has label {label}, but the model has "
+                f"{num_classes} classes (0 … {num_classes - 1}). Set --model.num-classes {index.num_classes} or 0."
+            )
+    if train.manifest["classes"] != val.manifest["classes"]:
+        pairs = zip(train.manifest["classes"], val.manifest["classes"], strict=False)
+        first = next((f"{a} and {b}" for a, b in pairs if a != b), "their numbers")
+        raise UserError(
+            f"--data.train has {train.num_classes} classes and --data.val {val.num_classes}, and they differ first in "
+            f"{first}: the same label would mean different things. Convert both from one source."
+        )
+    return num_classes
+
+
+def print_dry_run(config: Config, train: Index, val: Index) -> None:
+    """Say what a run would do."""
+    policy = make_policy(config.gate, train.num_samples, config.loop.epochs, config.seed)
+    rates = [policy.target_rate(epoch) for epoch in range(config.loop.epochs)]
+    trained = round(sum(rates) * train.num_samples)
+    full = config.loop.epochs * train.num_samples
+    print(f"train      {train.num_samples:,} samples, {train.num_classes} classes, {train.root}")
+    print(f"val        {val.num_samples:,} samples, {val.root}")
+    print(f"policy     {config.gate.policy}: about {trained:,} of {full:,} samples trained ({trained / full:.0%})")
+    print(f"steps      about {trained // config.loop.global_batch_size:,} of {config.loop.global_batch_size} samples")
+    print("dry run: nothing was written")

@@ -1,0 +1,144 @@
+"""One optimizer step over a global batch, whatever share of it each rank holds."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ast_dist.config import Config
+from ast_dist.data.loader import Batch
+from ast_dist.distributed import World
+from ast_dist.gate.cost import SampleFlops, count_flops
+from ast_dist.gate.significance import significance
+from ast_dist.model import Normalize, build_optimizer
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Votes that the ranks sum at each step, beside the number of active samples.
+VOTE_STOP = 1
+VOTE_SAVE = 2
+VOTE_DAMAGED = 3
+NUM_VOTES = 4
+
+
+@dataclass
+class Meters:
+    """Sums over the samples trained since the last reset, on this rank's device.
+
+    loss: float64, nats. correct, active: int64.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    active: Tensor
+
+    @classmethod
+    def zero(cls, device: torch.device) -> "Meters":
+        """Meters that have seen nothing."""
+        integers = torch.zeros(2, dtype=torch.int64, device=device)
+        return cls(torch.zeros((), dtype=torch.float64, device=device), integers[0], integers[1])
+
+    def read(self, world: World) -> tuple[float, float, int]:
+        """Mean loss (nats), top-1 (percent) and number of samples over all ranks. Waits for the device."""
+        correct, active = world.sum(torch.stack([self.correct, self.active])).tolist()
+        loss = world.sum(self.loss.clone()).item()
+        return loss / max(active, 1), 100.0 * correct / max(active, 1), active
+
+
+class TrainStep:
+    """The model, its optimizer, and the step that trains them.
+
+    Attributes: module (the bare model), optimizer, scaler, normalize, flops (of one sample), meters.
+    """
+
+    def __init__(self, module: nn.Module, config: Config, world: World) -> None:
+        self.config = config
+        self.world = world
+        self.module = module.to(world.device)
+        self.normalize = Normalize(config.data, world.device, config.model.channels_last)
+        self.optimizer = build_optimizer(self.module, config.optim)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.loop.precision == "fp16")
+        self.meters = Meters.zero(world.device)
+        self._model: nn.Module = self.module
+        with self._unchanged():
+            self.flops = self._count_flops()
+        if config.loop.compile:
+            self._model.compile()
+        if world.size > 1:
+            devices = [world.device.index] if world.device.type == "cuda" else None
+            self._model = DistributedDataParallel(self.module, device_ids=devices, gradient_as_bucket_view=True)
+            # DDP orders its buckets anew after the first backward, which changes the sums' last bits. One pass over
+            # an empty batch puts that behind us, so that a resumed run reduces as the uninterrupted one does.
+            with self._unchanged():
+                self._model(self._empty_images()).sum().backward()
+
+    @property
+    def autocast(self) -> torch.autocast:
+        """Mixed precision as configured, a context for forward passes."""
+        dtype = _DTYPES[self.config.loop.precision]
+        return torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    def __call__(self, batch: Batch, lr: float, *, stop: bool = False, save: bool = False) -> tuple[Tensor, Tensor]:
+        """Train one global batch. All ranks must call it, with their own share, which may be empty.
+
+        batch: on this rank's device. lr: learning rate of this step. stop, save: this rank's votes.
+
+        The loss on a rank is W · Σ wᵢ·ℓᵢ / G, with W the world size and G the active samples of the whole batch, so
+        that DDP's mean over the ranks is the mean over the samples however they are spread.
+
+        Returns the significance of the batch's rows, (n,) float32, and the votes summed over the ranks, (NUM_VOTES,)
+        int64: active samples, then ranks that voted to stop, ranks that voted to save, and damaged samples.
+        """
+        optim = self.config.optim
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        cast = torch.tensor([0, int(stop), int(save), len(batch.damaged)], device=batch.images.device)
+        cast[0] = batch.is_active.sum()
+        votes = self.world.sum(cast)
+        with self.autocast:
+            output = self._model(self.normalize(batch.images))
+        logits = output.float()
+        losses = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=optim.label_smoothing)
+        weighted = torch.where(batch.is_active, losses * batch.weights, 0.0)
+        loss = weighted.sum() * (self.world.size / votes[0].clamp_min(1))
+        self.scaler.scale(loss).backward()
+        if optim.clip_grad_norm > 0:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.module.parameters(), optim.clip_grad_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        with torch.no_grad():
+            self._measure(logits, batch, losses)
+            gate = self.config.gate
+            scores = significance(logits, batch.labels, gate.loss_weight, gate.entropy_weight)
+        return scores, votes
+
+    def _measure(self, logits: Tensor, batch: Batch, losses: Tensor) -> None:
+        is_correct = logits.argmax(dim=1) == batch.labels
+        self.meters.loss += torch.where(batch.is_active, losses, 0.0).sum(dtype=torch.float64)
+        self.meters.correct += (is_correct & batch.is_active).sum()
+        self.meters.active += batch.is_active.sum()
+
+    def _empty_images(self) -> Tensor:
+        size = self.config.data.image_size
+        return self.normalize(torch.zeros((2, 3, size, size), dtype=torch.uint8, device=self.world.device))
+
+    def _count_flops(self) -> SampleFlops:
+        labels = torch.zeros(2, dtype=torch.int64, device=self.world.device)
+        return count_flops(self.module, self._empty_images(), labels)
+
+    @contextlib.contextmanager
+    def _unchanged(self) -> Iterator[None]:
+        """Undo what a trial pass does to buffers, gradients and random states."""
+        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        cuda = [self.world.device] if self.world.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=cuda):
+            yield
+        with torch.no_grad():
+            for name, buffer in self.module.named_buffers():
+                buffer.copy_(buffers[name])
+        self.optimizer.zero_grad()
