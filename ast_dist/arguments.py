@@ -12,10 +12,9 @@ from ast_dist.errors import UserError
 Parsed = TypeVar("Parsed")
 
 
-def parse_arguments(kind: type[Parsed], argv: Sequence[str], prog: str, source: str | None = None) -> Parsed:
+def parse_arguments(kind: type[Parsed], argv: Sequence[str], prog: str) -> Parsed:
     """Let tyro build `kind` from `argv`, and turn its framed error into one line (its suggestions are kept).
 
-    source: what the arguments came from, named first in the message when they are not the user's own.
     Raises UserError for anything that cannot be parsed. `--help` prints and raises SystemExit(0).
     """
     import tyro  # imported here: commands that only read a run need no parser
@@ -30,8 +29,7 @@ def parse_arguments(kind: type[Parsed], argv: Sequence[str], prog: str, source: 
     except SystemExit as stop:
         if stop.code == 0:
             raise
-        message = _one_line(captured.getvalue()) or "the arguments cannot be parsed"
-        raise UserError(f"{source}: {message}" if source else message) from None
+        raise UserError(_one_line(captured.getvalue()) or "the arguments cannot be parsed") from None
 
 
 @contextlib.contextmanager

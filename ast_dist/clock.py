@@ -16,6 +16,7 @@ class Clock:
         self._steps = 0
         self._all_steps = 0
         self._samples = 0
+        self._all_samples = 0
         self._stall_s: float | None = None
 
     @property
@@ -38,6 +39,7 @@ class Clock:
         self._steps += 1
         self._all_steps += 1
         self._samples += samples
+        self._all_samples += samples
 
     def saved(self, stall_s: float) -> None:
         """Note a checkpoint and for how long it held up the training."""
@@ -50,20 +52,20 @@ class Clock:
 
     def seconds_per_sample(self) -> float:
         """Wall-clock seconds per trained sample in this session, evaluation and saves included."""
-        return (time.monotonic() - self._began) / self._samples if self._samples else 0.0
+        return (time.monotonic() - self._began) / self._all_samples if self._all_samples else 0.0
 
-    def interval_row(self, samples: int) -> dict[str, float]:
-        """The perf keys since the last call, for `samples` trained over all ranks."""
+    def interval_row(self) -> dict[str, float]:
+        """The perf keys since the last call or the epoch's start, samples over all ranks."""
         now = time.monotonic()
         elapsed = max(now - self._interval_began, 1e-9)
         row = {
-            "perf/images_per_s": samples / elapsed,
+            "perf/images_per_s": self._samples / elapsed,
             "perf/step_ms": 1000 * elapsed / max(self._steps, 1),
             "perf/data_wait": min(self._waited_s / elapsed, 1.0),
         }
         if self._stall_s is not None:
             row["perf/ckpt_stall_ms"] = 1000 * self._stall_s
-        self._interval_began, self._steps, self._waited_s, self._stall_s = now, 0, 0.0, None
+        self._interval_began, self._steps, self._samples, self._waited_s, self._stall_s = now, 0, 0, 0.0, None
         return row
 
     def epoch_row(self) -> dict[str, float]:
@@ -74,4 +76,4 @@ class Clock:
         """Begin the next epoch's time; evaluation belongs to no step interval."""
         now = time.monotonic()
         self._epoch_began = self._interval_began = now
-        self._steps, self._waited_s = 0, 0.0
+        self._steps, self._samples, self._waited_s = 0, 0, 0.0

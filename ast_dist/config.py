@@ -6,7 +6,6 @@ or devices is validated in `__post_init__`.
 """
 
 import dataclasses
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -39,7 +38,7 @@ class DataConfig:
     cache: Literal["auto", "ram", "none"] = "auto"
     """Keep decoded uint8 images in memory after the first pass: auto does so when they fit in cache_mb."""
     cache_mb: int = 2048
-    """Memory per rank that the cache may take, MB."""
+    """Memory that the cache may take, MB, per rank and split."""
     image_size: int = 224
     """Side of the square images that the model sees, pixels."""
     crop: Literal["resized", "padded", "none"] = "resized"
@@ -275,13 +274,8 @@ def parse(argv: Sequence[str], prog: str = "python -m ast_dist.train") -> Config
     outside its range, an unknown preset or an unreadable YAML file. `--help` prints and raises SystemExit(0).
     """
     argv = list(argv)
-    before: list[str] = []
-    preset = _last_value(argv, "--preset")
-    if preset is not None:
-        if preset not in preset_names():
-            raise UserError(f"--preset {preset}: no such preset. There are: {', '.join(preset_names())}.")
-        text = resources.files("ast_dist.presets").joinpath(f"{preset}.yaml").read_text(encoding="utf-8")
-        before += _yaml_to_argv(text, f"preset {preset}")
+    in_preset: list[str] = []
+    in_file: list[str] = []
     config_file = _last_value(argv, "--config")
     if config_file is not None:
         try:
@@ -289,10 +283,28 @@ def parse(argv: Sequence[str], prog: str = "python -m ast_dist.train") -> Config
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"--config {config_file}: cannot be read ({error}).") from None
         in_file = _yaml_to_argv(text, config_file)
+    preset = _last_value([*in_file, *argv], "--preset")
+    if preset not in (None, "None"):
+        if preset not in preset_names():
+            raise UserError(f"--preset {preset}: no such preset. There are: {', '.join(preset_names())}.")
+        text = resources.files("ast_dist.presets").joinpath(f"{preset}.yaml").read_text(encoding="utf-8")
+        in_preset = _yaml_to_argv(text, f"preset {preset}")
+    try:
+        return parse_arguments(Config, [*in_preset, *in_file, *argv], prog)
+    except UserError as error:
         needed = ["--run-dir=x", "--data.train=x", "--data.val=x"]
-        parse_arguments(Config, before + in_file + needed, prog, config_file)
-        before += in_file
-    return parse_arguments(Config, before + argv, prog)
+        if in_file and str(error) == _complaint([*in_preset, *in_file, *needed], prog):
+            raise UserError(f"{config_file}: {error}") from None
+        raise
+
+
+def _complaint(argv: Sequence[str], prog: str) -> str | None:
+    """What is wrong with arguments, if anything."""
+    try:
+        parse_arguments(Config, argv, prog)
+    except UserError as error:
+        return str(error)
+    return None
 
 
 def _last_value(argv: Sequence[str], flag: str) -> str | None:
@@ -307,7 +319,7 @@ def _last_value(argv: Sequence[str], flag: str) -> str | None:
 
 
 def _yaml_to_argv(text: str, source: str) -> list[str]:
-    """Flatten YAML settings into arguments: {gate: {target_rate: 0.3}} → ["--gate.target-rate", "0.3"]."""
+    """Flatten YAML settings into arguments: {gate: {target_rate: 0.3}} → ["--gate.target-rate=0.3"]."""
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:
@@ -324,15 +336,28 @@ def _flatten(tree: dict[str, Any], prefix: str) -> Iterator[str]:
         name = f"{prefix}{key}".replace("_", "-")
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, bool):
+        elif value is None and dataclasses.is_dataclass(_type_of(f"{prefix}{key}")):
+            continue  # a section whose settings are all commented out
+        elif isinstance(value, bool) and _type_of(f"{prefix}{key}") in (bool, None):
             head, _, leaf = name.rpartition(".")
             yield f"--{name}" if value else f"--{head + '.' if head else ''}no-{leaf}"
+        elif isinstance(value, bool):  # YAML takes a bare off for false, and `track.wandb: off` is meant
+            yield f"--{name}={'on' if value else 'off'}"
         elif isinstance(value, list):
             yield f"--{name}"
             yield from map(str, value)
         else:
-            yield f"--{name}"
-            yield str(value)
+            yield f"--{name}={value}"
+
+
+def _type_of(name: str) -> Any:
+    """The type of a setting or section by its dotted name; None where there is none."""
+    kind: Any = Config
+    for part in name.replace("-", "_").split("."):
+        if not dataclasses.is_dataclass(kind):
+            return None
+        kind = {field.name: field.type for field in dataclasses.fields(kind)}.get(part)
+    return kind
 
 
 def to_dict(config: Config) -> dict[str, Any]:
@@ -362,7 +387,3 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
         elif before != after:
             found.append(f"{name}: {before} → {after}")
     return found
-
-
-if __name__ == "__main__":
-    print(parse(sys.argv[1:]))

@@ -38,6 +38,7 @@ class World:
         """
         env = os.environ
         local_rank, local_size = int(env.get("LOCAL_RANK", "0")), int(env.get("LOCAL_WORLD_SIZE", "1"))
+        restart = int(env.get("TORCHELASTIC_RESTART_COUNT", "0"))
         device = torch.device("cpu")
         if torch.cuda.is_available():
             if local_size > torch.cuda.device_count():
@@ -49,7 +50,7 @@ class World:
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         if "RANK" in env and "MASTER_ADDR" in env:
-            dist.init_process_group(backend, timeout=_TIMEOUT)
+            _join(backend, restart)
         else:
             dist.init_process_group(backend, timeout=_TIMEOUT, rank=0, world_size=1, store=dist.HashStore())
         return cls(
@@ -57,7 +58,7 @@ class World:
             size=dist.get_world_size(),
             local_rank=local_rank,
             local_size=local_size,
-            restart=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            restart=restart,
             device=device,
         )
 
@@ -117,6 +118,19 @@ class World:
     def close(self) -> None:
         """Leave the process group."""
         dist.destroy_process_group()
+
+
+def _join(backend: str, restart: int) -> None:
+    """Join the group that torchrun's environment describes, under a prefix of this restart's own.
+
+    torchrun shares one store between all attempts of a job, and gloo then reads the addresses that killed workers
+    left there and fails to connect (pytorch/pytorch#135712). On one host the restart count tells attempts apart; on
+    several it may differ between agents, so there the launcher has to set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=_TIMEOUT))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        store = dist.PrefixStore(f"attempt-{restart}", store)
+    dist.init_process_group(backend, timeout=_TIMEOUT, store=store, rank=rank, world_size=size)
 
 
 class LaggedRead:

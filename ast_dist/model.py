@@ -16,40 +16,37 @@ _GROUPS = 8
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
     """Build a classifier with `num_classes` outputs: small_cnn or a torchvision model by name.
 
-    Raises UserError for a name that torchvision does not know.
+    Raises UserError for a name that torchvision does not know, and for another norm where there is no batch norm.
     """
-    norm = _norm_layer(config.norm)
     if config.name == "small_cnn":
-        model: nn.Module = SmallCnn(num_classes, config.width, norm)
+        model: nn.Module = SmallCnn(num_classes, config.width)
     else:
         known = torchvision.models.list_models(module=torchvision.models)
         if config.name not in known:
             near = difflib.get_close_matches(config.name, [*known, "small_cnn"], n=3)
             hint = f" Perhaps you meant: {', '.join(near)}." if near else ""
             raise UserError(f"model.name is {config.name}: torchvision has no such classification model.{hint}")
-        options = {} if config.norm == "batch" else {"norm_layer": norm}
-        try:
-            model = torchvision.models.get_model(config.name, weights=None, num_classes=num_classes, **options)
-        except TypeError:
-            raise UserError(
-                f"model.norm is {config.norm}, but {config.name} cannot change its norm. Use batch."
-            ) from None
+        # These two would give the logits of auxiliary heads beside the classifier's, which no other model has.
+        options = {"aux_logits": False, "init_weights": True} if config.name in ("googlenet", "inception_v3") else {}
+        model = torchvision.models.get_model(config.name, weights=None, num_classes=num_classes, **options)
+    if config.norm != "batch" and not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        raise UserError(f"model.norm is {config.norm}, but {config.name} has no batch norm to replace. Use batch.")
     if config.norm == "sync":
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif config.norm == "group":
+        _replace_batch_norm(model)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
     return model
 
 
-def _norm_layer(norm: str) -> type[nn.Module]:
-    return _GroupNorm if norm == "group" else nn.BatchNorm2d
-
-
-class _GroupNorm(nn.GroupNorm):
-    """GroupNorm with BatchNorm2d's signature; a sample's output does not depend on the rest of its batch."""
-
-    def __init__(self, num_channels: int) -> None:
-        super().__init__(math.gcd(_GROUPS, num_channels), num_channels)
+def _replace_batch_norm(module: nn.Module) -> None:
+    """Put group norm where batch norm is: a sample's output then does not depend on the rest of its batch."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, nn.GroupNorm(math.gcd(_GROUPS, child.num_features), child.num_features))
+        else:
+            _replace_batch_norm(child)
 
 
 class SmallCnn(nn.Sequential):
@@ -58,11 +55,11 @@ class SmallCnn(nn.Sequential):
     width: channels of the first stage; the next ones have two and four times as many.
     """
 
-    def __init__(self, num_classes: int, width: int = 64, norm: type[nn.Module] = nn.BatchNorm2d) -> None:
+    def __init__(self, num_classes: int, width: int = 64) -> None:
         def conv(channels_in: int, channels_out: int) -> list[nn.Module]:
             return [
                 nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),
-                norm(channels_out),
+                nn.BatchNorm2d(channels_out),
                 nn.ReLU(inplace=True),
             ]
 

@@ -1,16 +1,21 @@
 """What is judged before anything is written: configuration and data against each other."""
 
+import dataclasses
+
+import torch
+
 from ast_dist.config import Config
 from ast_dist.data.index import Index
 from ast_dist.errors import UserError
 from ast_dist.gate.policy import make_policy
+from ast_dist.model import build_model
 
 
 def check_data(config: Config, train: Index, val: Index, world_size: int) -> int:
     """Judge configuration and data against each other; return the number of classes.
 
-    Raises UserError for a global batch smaller than the world, labels outside the model's classes, or splits whose
-    classes differ.
+    Raises UserError for a global batch smaller than the world, labels outside the model's classes, splits whose
+    classes differ, or a model that does not exist or does not take images of this size.
     """
     if config.loop.global_batch_size < world_size:
         raise UserError(
@@ -21,9 +26,10 @@ def check_data(config: Config, train: Index, val: Index, world_size: int) -> int
     for name, index in (("train", train), ("val", val)):
         if index.num_samples == 0:
             raise UserError(f"--data.{name} {index.root}: holds no samples.")
-        worst = int(index.label.argmax())
+        lowest, highest = int(index.label.argmin()), int(index.label.argmax())
+        worst = lowest if index.label[lowest] < 0 else highest
         label = int(index.label[worst])
-        if label >= num_classes:
+        if not 0 <= label < num_classes:
             raise UserError(
                 f"--data.{name} {index.root}: sample {index.key(worst)} has label {label}, but the model has "
                 f"{num_classes} classes (0 … {num_classes - 1}). Set --model.num-classes {index.num_classes} or 0."
@@ -35,7 +41,29 @@ def check_data(config: Config, train: Index, val: Index, world_size: int) -> int
             f"--data.train has {train.num_classes} classes and --data.val {val.num_classes}, and they differ first in "
             f"{first}: the same label would mean different things. Convert both from one source."
         )
+    _check_model(config, num_classes)
     return num_classes
+
+
+def _check_model(config: Config, num_classes: int) -> None:
+    """Build the model and pass two images through it, both without memory or arithmetic (torch's meta device)."""
+    kind, size = config.model, config.data.image_size
+    if kind.norm == "sync":
+        if not torch.cuda.is_available():
+            raise UserError("model.norm is sync, which works on GPUs only, and torch sees none. Use batch or group.")
+        kind = dataclasses.replace(kind, norm="batch")  # the meta device has no sync
+    try:
+        with torch.device("meta"), torch.no_grad():
+            build_model(kind, num_classes)(torch.empty(2, 3, size, size))
+    except NotImplementedError:
+        return  # a few models (regnet) cannot be built without memory; the first step will tell
+    except UserError:
+        raise
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"model.name is {kind.name}, which does not take images of data.image_size {size} "
+            f"({str(error).splitlines()[0].rstrip('.!')}). Change one of the two."
+        ) from None
 
 
 def print_dry_run(config: Config, train: Index, val: Index) -> None:

@@ -60,6 +60,8 @@ def check(config: Config, manifests: dict[str, str], restart: int) -> None:
         old = yaml.safe_load(config_path.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         raise UserError(f"{config_path}: cannot be read ({' '.join(str(error).split())}).") from None
+    if not isinstance(old, dict):
+        raise UserError(f"{config_path}: holds no configuration. Use another --run-dir, or --resume never.")
     changed = differences(old, fingerprint(config, manifests))
     if changed:
         raise UserError(

@@ -41,11 +41,11 @@ class Meters:
         integers = torch.zeros(2, dtype=torch.int64, device=device)
         return cls(torch.zeros((), dtype=torch.float64, device=device), integers[0], integers[1])
 
-    def read(self, world: World) -> tuple[float, float, int]:
-        """Mean loss (nats), top-1 (percent) and number of samples over all ranks. Waits for the device."""
+    def read(self, world: World) -> tuple[float, float]:
+        """Mean loss (nats) and top-1 (percent) over all ranks. Waits for the device."""
         correct, active = world.sum(torch.stack([self.correct, self.active])).tolist()
         loss = world.sum(self.loss.clone()).item()
-        return loss / max(active, 1), 100.0 * correct / max(active, 1), active
+        return loss / max(active, 1), 100.0 * correct / max(active, 1)
 
 
 class TrainStep:

@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -71,6 +71,7 @@ class Trainer:
         )
         deadline = _STARTED + config.session.hours * 3600 if config.session.hours else None
         self.guard = Guard(config.checkpoint.grace_s, deadline)
+        # Rank 0 alone has one.
         self.tracker: Tracker | None = None
         self.lease: Lease | None = None
         self.lagged = LaggedRead()
@@ -79,7 +80,7 @@ class Trainer:
         self._wants_save = False
         self.clock = Clock()
 
-    def run(self) -> str:
+    def run(self) -> Literal["finished", "paused"]:
         """Train until all epochs are done or someone asks to stop. Returns the run's state: finished or paused."""
         state, epochs = self.state, self.config.loop.epochs
         while state.epoch < epochs:
@@ -104,6 +105,33 @@ class Trainer:
         """Parameters of the model."""
         return sum(parameter.numel() for parameter in self.step.module.parameters())
 
+    def open_tracker(self, run_dir: Path, lease: Lease, checkpoint: str | None) -> None:
+        """Begin this session's reports; rank 0 calls it once the state is the one to go on from.
+
+        Raises UserError when metrics.jsonl does not belong to the checkpoint.
+        """
+        config, state, world = self.config, self.state, self.world
+        self.lease = lease
+        self.tracker = Tracker(run_dir, config, world.size, world.restart)
+        gated = f", target rate {config.gate.target_rate:g}" if config.gate.policy != "full" else ""
+        cache = "decoded images kept in memory" if self.loader.cache else "no cache"
+        self.tracker.start(
+            checkpoint=checkpoint,
+            resumed_from_step=state.global_step,
+            previous_beat=lease.previous_beat,
+            session=state.session,
+            versions=run_folder.versions(),
+            num_samples=state.num_samples,
+            info={
+                "run": str(run_dir),
+                "data": f"{state.num_samples:,} train, {self.val_loader.index.num_samples:,} val",
+                "model": f"{config.model.name}, {self.num_weights:,} weights, {config.loop.precision}",
+                "policy": config.gate.policy + gated,
+                "ranks": f"{world.size} on {world.device.type}, global batch {config.loop.global_batch_size}",
+                "decoder": f"torch, {self.loader.threads} threads a rank, {cache}",
+            },
+        )
+
     def resume(self) -> str | None:
         """Load the newest checkpoint that verifies, if there is one, and return its name."""
         checkpoint = self.checkpoints.find()
@@ -120,29 +148,23 @@ class Trainer:
         self.policy.merge(self.state.epoch)
         self.state.counts = self.ledger.to_dict()
         if self.tracker:
-            self.state.session = {
-                "total_s": self.tracker.total_s,
-                "history_bytes": self.tracker.history_bytes,
-                "best_acc1": self.state.best_acc1,
-            }
+            self.state.session = {"total_s": self.tracker.total_s, "history_bytes": self.tracker.history_bytes}
         self.checkpoints.save(self.state)
         self._wants_save = False
         self.clock.saved(time.monotonic() - began)
-        self.report_progress("running")
+        self.report_progress()
 
-    def report_progress(self, state_name: str, message: str = "") -> None:
+    def report_progress(self) -> None:
         """Tell progress.json where the run is."""
         if self.tracker:
             state = self.state
             self.tracker.progress(
-                state=state_name,
                 epoch=state.epoch,
                 step=state.global_step,
                 best_acc1=state.best_acc1,
                 last_acc1=state.last_acc1,
-                eta_s=0.0 if state_name == "finished" else self._eta_s(),
+                eta_s=self._eta_s(),
                 checkpoint=self.checkpoints.newest,
-                message=message,
             )
 
     def close(self) -> None:
@@ -236,7 +258,6 @@ class Trainer:
         if self.tracker:
             self.tracker.epoch(
                 {
-                    "kind": "epoch",
                     "epoch": state.epoch,
                     "global_step": state.global_step,
                     "progress/epoch": float(state.epoch),
@@ -254,15 +275,14 @@ class Trainer:
         self.save()
 
     def _report_step(self, lr: float, num_steps: int) -> None:
-        loss, acc1, active = self.step.meters.read(self.world)
+        loss, acc1 = self.step.meters.read(self.world)
         self.step.meters = Meters.zero(self.world.device)
-        timing = self.clock.interval_row(active)
+        timing = self.clock.interval_row()
         if self.tracker:
             state = self.state
             gate = {f"gate/{key}": value for key, value in self.policy.report().items()}
             self.tracker.step(
                 {
-                    "kind": "step",
                     "global_step": state.global_step,
                     "progress/epoch": state.epoch + state.step_in_epoch / num_steps,
                     "train/loss": loss,
@@ -328,33 +348,11 @@ def train_in(
         trainer = Trainer(config, world, train, val, num_classes)
         stack.callback(trainer.close)
         checkpoint = trainer.resume()
-        state = trainer.state
-        if world.is_main:
-            trainer.lease = lease
-            trainer.tracker = Tracker(run_dir, config, world_size=world.size, restart=world.restart)
-            trainer.tracker.start(
-                checkpoint=checkpoint,
-                resumed_from_step=state.global_step,
-                previous_beat=lease.previous_beat if lease else None,
-                session=state.session,
-                versions=run_folder.versions(),
-                info={
-                    "run": str(run_dir),
-                    "data": f"{train.num_samples:,} train, {val.num_samples:,} val, {num_classes} classes",
-                    "model": f"{config.model.name}, {trainer.num_weights:,} weights",
-                    "policy": f"{config.gate.policy}, target rate {config.gate.target_rate:g}"
-                    if config.gate.policy != "full"
-                    else "full",
-                    "ranks": f"{world.size} on {world.device.type}, global batch {config.loop.global_batch_size}",
-                    "decoder": f"torch, {trainer.loader.threads} threads a rank, "
-                    + ("decoded images kept in memory" if trainer.loader.cache else "no cache"),
-                },
-            )
-        outcome = "failed"
+        _on_main(world, lambda: trainer.open_tracker(run_dir, lease, checkpoint))
+        outcome: Literal["finished", "paused", "failed"] = "failed"
         message = ""
         try:
-            if state.epoch < config.loop.epochs:
-                trainer.report_progress("running")
+            trainer.report_progress()
             outcome = trainer.run()
             if outcome == "paused":
                 message = f"{trainer.guard.reason or 'a peer asked to stop'}: saved, nothing lost"
@@ -362,7 +360,7 @@ def train_in(
             message = f"{type(error).__name__}: {error}".splitlines()[0]
             raise
         finally:
-            trainer.report_progress(outcome, message)
+            trainer.report_progress()
             if trainer.tracker:
                 trainer.tracker.close(outcome, message)
 

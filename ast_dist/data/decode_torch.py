@@ -21,10 +21,13 @@ def decode(data: bytes, sample_id: int, key: str) -> Tensor:
     """
     try:
         # torch.frombuffer warns on read-only memory; the copy of a few kB costs nothing beside the decoding.
-        return decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        image = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        if image.ndim != 3 or image.dtype != torch.uint8:  # animations, PNGs with 16 bits a channel
+            raise ValueError(f"it gives {image.dtype} {tuple(image.shape)}, not one image of 8 bits a channel")
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DamagedSampleError(sample_id, f"sample {key} (id {sample_id}) does not decode: {reason}") from None
+    return image
 
 
 def crop_resize(image: Tensor, box: np.ndarray, flip: bool, size: int, out: Tensor) -> None:

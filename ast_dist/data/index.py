@@ -165,7 +165,7 @@ def load_field(root: Path, name: str, count: int) -> np.ndarray:
     return array
 
 
-def write_index(root: Path, fields: Mapping[str, np.ndarray], keys: Sequence[bytes]) -> None:
+def write_index(root: Path, fields: Mapping[str, np.ndarray], keys: Sequence[bytes] | np.ndarray) -> None:
     """Write the index of a split; the counterpart of `load_field`.
 
     fields: one (N,) array for every name in FIELDS, cast to its dtype. keys: the N samples' WebDataset keys.

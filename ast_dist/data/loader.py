@@ -71,7 +71,7 @@ class Loader:
         self.cache = make_cache(index, config)
         self.samples_decoded = 0
         self._count_lock = threading.Lock()
-        self.threads = config.threads or max(1, (os.cpu_count() or 1) // local_world_size)
+        self.threads = config.threads or max(1, _available_cores() // local_world_size)
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
 
     def train_batches(
@@ -166,12 +166,24 @@ class Loader:
             cached = self.cache.get(sample_id)
             if cached is not None:
                 return torch.from_numpy(cached)
-        image = decode(self.reader.read(sample_id), sample_id, self.index.key(sample_id))
+        key, size = self.index.key(sample_id), (int(self.index.height[sample_id]), int(self.index.width[sample_id]))
+        image = decode(self.reader.read(sample_id), sample_id, key)
+        if image.shape[1:] != size:
+            raise DamagedSampleError(
+                sample_id,
+                f"sample {key} (id {sample_id}) has {image.shape[1]}×{image.shape[2]} pixels (height × width), but the "
+                f"index states {size[0]}×{size[1]}, from which its crop was drawn",
+            )
         with self._count_lock:
             self.samples_decoded += 1
         if self.cache is not None:
             self.cache.put(sample_id, image.numpy())
         return image
+
+
+def _available_cores() -> int:
+    """Cores that this process may use: a container or batch system may grant fewer than the host has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass
@@ -184,9 +196,10 @@ class _Pending:
     def result(self) -> Batch:
         for future in self.futures:
             future.result()
-        if int((self.batch.ids >= 0).sum()) == 1:
-            # A lone sample is padded with itself: a black image would bend this rank's batch statistics.
-            self.batch.images[1] = self.batch.images[0]
+        images, is_active = self.batch.images, self.batch.is_active
+        if is_active.any() and not is_active.all():
+            # Padding and damaged rows repeat a sample: a black image would bend this rank's batch statistics.
+            images[~is_active] = images[is_active][0]
         return self.batch
 
     def cancel(self) -> None:

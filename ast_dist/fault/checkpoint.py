@@ -48,6 +48,8 @@ class Checkpoints:
         final = self.folder / name
         if self.world.broadcast(final.exists()):
             return final
+        # Each rank keeps its own batch statistics between forwards, and the checkpoint holds one copy of each.
+        self.world.broadcast_buffers(state.model)
         tensors, plain = split(state.state_dict(self.world.rank))
         error: BaseException | None = self._on_main(lambda: commit.new_stage(self.folder, name))
         if error is None:
@@ -147,6 +149,9 @@ def read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         for name, item in metadata.state_dict_metadata.items()
         if isinstance(item, TensorStorageMetadata)
     }
-    dcp.load(tensors, storage_reader=SafeReader(checkpoint), no_dist=True)
+    with warnings.catch_warnings():
+        # Loading without a process group is what is meant here.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        dcp.load(tensors, storage_reader=SafeReader(checkpoint), no_dist=True)
     content = json.loads((checkpoint / _STATE_NAME).read_text(encoding="utf-8"))
     return join(tensors, content["state"]), content["session"]

@@ -8,6 +8,7 @@ sample in the threshold's own bin is kept with the probability that meets the ta
 number per sample): near-constant scores would otherwise all switch on or off together.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -27,11 +28,18 @@ _LARGE_BATCH = 512
 AllReduce = Callable[[Tensor], Tensor]
 
 
+@functools.cache
+def _edges(device: torch.device) -> Tensor:
+    return torch.tensor([_edge(number, 0.0) for number in range(1, NUM_BINS)], dtype=torch.float32, device=device)
+
+
 def bin_of(significance: Tensor) -> Tensor:
-    """Histogram bin of each score. significance: (N,) float32, finite. Returns (N,) int64 in 0 … NUM_BINS - 1."""
-    # Zero maps to -inf, which the clamp puts into the first bin.
-    position = torch.floor((torch.log2(significance.float()) - LOG2_MIN) * BINS_PER_OCTAVE)
-    return position.clamp_(0, NUM_BINS - 1).to(torch.int64)
+    """Histogram bin of each score. significance: (N,) float32, not NaN. Returns (N,) int64 in 0 … NUM_BINS - 1.
+
+    Compares with the bins' edges: logarithms differ in their last bit between processors, and a score would then
+    fall into one bin on one rank and into the next on another.
+    """
+    return torch.bucketize(significance.float(), _edges(significance.device), right=True)
 
 
 def histogram(significance: Tensor) -> Tensor:
@@ -134,8 +142,9 @@ class Threshold:
     def _invert(self, counts: np.ndarray, share: float) -> None:
         """Find the bin, and the share of it, that leave `share` of all counts above."""
         share = min(max(share, 0.0), 1.0)
-        wanted = share * counts.sum()
         from_top = np.cumsum(counts[::-1])
+        # Not counts.sum(): its order of summing depends on the processor, and remembered counts are no integers.
+        wanted = share * from_top[-1]
         # The first bin from the top at which the wanted number is reached. side="left" stays on a filled bin.
         position = min(int(np.searchsorted(from_top, wanted, side="left")), NUM_BINS - 1)
         self._bin = NUM_BINS - 1 - position

@@ -1,0 +1,50 @@
+PYTHON ?= python3
+BIN := .venv/bin
+PY := $(BIN)/python
+READY := .venv/ready
+# More than one thread per process only slows down many small processes; it also changes the order of float sums.
+export OMP_NUM_THREADS ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-faults lint format bench tables clean
+
+help: ## Show this list.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: $(READY) ## Make .venv (PYTHON=python3.12 picks the interpreter) and install the package, editable, with all it needs.
+
+$(READY): setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python %d.%d found, 3.11 or newer needed: make install PYTHON=python3.11" % sys.version_info[:2])'
+	@$(PY) -c pass 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
+	$(PY) -m pip install --disable-pip-version-check --progress-bar off --editable '.[demo,test,dev]'
+	@touch $@
+
+demo: $(READY) ## Train on handwritten digits with 2 processes, kill one on the way, compare with full training.
+	$(PY) launch/demo.py $(ARGS)
+
+test: $(READY) ## Run all tests; ARGS='-k gate' picks some.
+	$(PY) -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-faults: $(READY) ## Run the tests that kill real processes.
+	$(PY) -m pytest -m faults $(ARGS)
+
+lint: $(READY) ## Check style, format, types and layering.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(READY) ## Format the code and mend what ruff can mend.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY) ## Measure this machine; results land in benchmarks/results.
+	$(PY) -m benchmarks.gpu $(ARGS)
+
+tables: $(READY) ## Write the tables of README from benchmarks/results.
+	$(PY) -m benchmarks.tables $(ARGS)
+
+clean: ## Remove what builds, tests and linters left; .venv and runs stay.
+	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

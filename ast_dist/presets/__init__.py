@@ -1,0 +1,1 @@
+"""Named settings, one YAML file each; `--preset NAME` reads them through importlib.resources."""

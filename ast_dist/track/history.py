@@ -1,0 +1,144 @@
+"""Rows on disk: metrics.jsonl, the truth that every view reads, and sessions.jsonl.
+
+One strict JSON object a line, only ever appended to. A row is handed to the operating system in a single write, so
+a killed process leaves whole rows and at most one torn line, the last; reading passes over it and opening for
+writing cuts it off. The length in bytes goes into every checkpoint: after a restore, rows past it are cut, so that
+a resumed run has each row once.
+"""
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ast_dist.errors import UserError
+
+
+class History:
+    """Append rows to a JSONL file.
+
+    path: the file; made if absent. A torn last line, left by a kill or a full disk, is cut off.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        raw = self.path.read_bytes()
+        self._length = raw.rfind(b"\n") + 1
+        self._num_rows = raw.count(b"\n")
+        if self._length < len(raw):
+            os.ftruncate(self._descriptor, self._length)
+
+    @property
+    def length(self) -> int:
+        """Bytes written so far: the number that belongs into a checkpoint."""
+        return self._length
+
+    @property
+    def num_rows(self) -> int:
+        """Rows in the file; the next row has this number, counted from 0."""
+        return self._num_rows
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row and hand it to the operating system at once.
+
+        NaN and infinities become null, with their key kept: measured, but not a number. A key that is absent means
+        not measured. Raises TypeError for a value that JSON cannot hold, OSError when the disk refuses; the file
+        then ends at the row before.
+        """
+        line = encode(row)
+        written = 0
+        try:
+            written = os.write(self._descriptor, line)
+            if written < len(line):
+                os.write(self._descriptor, line[written:])  # a full disk took a part: this raises, and says why
+        except OSError:
+            os.ftruncate(self._descriptor, self._length)
+            raise
+        self._length += len(line)
+        self._num_rows += 1
+
+    def truncate(self, length: int) -> None:
+        """Cut the rows past `length` bytes, the number that a restored checkpoint holds.
+
+        Raises UserError when the file is shorter, or when a row does not end there: the file is then not the one
+        that the checkpoint belongs to.
+        """
+        if self._length < length:
+            raise UserError(
+                f"{self.path}: {self._length:,} bytes, but the checkpoint was saved at {length:,}. "
+                f"Restore the {self.path.name} of the run that the checkpoint comes from."
+            )
+        if length and os.pread(self._descriptor, 1, length - 1) != b"\n":
+            raise UserError(
+                f"{self.path}: no row ends at byte {length:,}, where the checkpoint was saved (the file has "
+                f"{self._length:,}). Restore the {self.path.name} of the run that the checkpoint comes from."
+            )
+        os.ftruncate(self._descriptor, length)
+        self._length = length
+        self._num_rows = self.path.read_bytes().count(b"\n")
+
+    def sync(self) -> int:
+        """Flush to the disk itself and return the length, so that a checkpoint never states more than was kept."""
+        os.fsync(self._descriptor)
+        return self._length
+
+    def close(self) -> None:
+        """Close the file; a second time does nothing."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def read(path: Path | str) -> list[dict[str, Any]]:
+    """Read all whole rows; an absent file has none.
+
+    A last line without its end is a write under way, or one cut short by a kill: passed over. Damage before that is
+    not silent: the rows that can be read come back, under one RuntimeWarning that names the lines left out.
+    """
+    path = Path(path)
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    rows, damaged = [], []
+    for number, line in enumerate(raw.split(b"\n")[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            damaged.append(number)
+    if damaged:
+        named = ", ".join(map(str, damaged[:5])) + (", …" if len(damaged) > 5 else "")
+        message = f"{path}: {len(damaged)} of {len(rows) + len(damaged)} rows cannot be read (line {named}); left out."
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return rows
+
+
+def encode(row: Mapping[str, Any]) -> bytes:
+    """One row as one line of strict JSON, its end included. Raises TypeError naming the key it cannot hold."""
+    values = {key: plain(value, key) for key, value in row.items()}
+    return json.dumps(values, allow_nan=False, ensure_ascii=False).encode() + b"\n"
+
+
+def plain(value: Any, key: str = "") -> Any:
+    """A value as JSON holds it: scalars of numpy and torch as numbers, NaN and infinities as None."""
+    if hasattr(value, "item") and getattr(value, "ndim", 0) == 0:
+        value = value.item()
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(inner): plain(item, f"{key}.{inner}") for inner, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item, key) for item in value]
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    raise TypeError(f"{key}: a row cannot hold a {type(value).__name__}.")

@@ -1,0 +1,149 @@
+"""Where the run stands: progress.json for programs, STATUS.txt for people.
+
+Both are replaced atomically, so a reader sees the old or the new one, never a half. Nothing here needs torch: these
+are what `ast_dist.status` and the dashboard read.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ast_dist.errors import UserError
+from ast_dist.track.history import plain
+
+PROGRESS_NAME = "progress.json"
+STATUS_NAME = "STATUS.txt"
+LEASE_NAME = ".lease"  # rank 0 holds an exclusive flock on it as long as it runs
+
+
+def write_progress(run_dir: Path | str, progress: Mapping[str, Any]) -> None:
+    """Replace RUN/progress.json and RUN/STATUS.txt.
+
+    progress: state (running, finished, paused, failed), epoch (completed), epochs, step, best_acc1 and last_acc1
+    (percent, None before the first evaluation), sessions, restarts, total_s, eta_s, checkpoint, checkpoint_at (ISO
+    time), policy, message. NaN is written as null. `updated_at` is added. Raises OSError when the disk refuses.
+    """
+    stamped = {**plain(progress), "updated_at": datetime.now(UTC).isoformat(timespec="seconds")}
+    text = json.dumps(stamped, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+    replace_atomically(Path(run_dir) / PROGRESS_NAME, text.encode())
+    replace_atomically(Path(run_dir) / STATUS_NAME, status_text(stamped).encode())
+
+
+def read_progress(run_dir: Path | str) -> dict[str, Any]:
+    """Read RUN/progress.json. Raises UserError when the folder, the file or its content is not a run's."""
+    path = Path(run_dir) / PROGRESS_NAME
+    if not path.parent.is_dir():
+        raise UserError(f"{run_dir}: no such folder. Name the folder that --run-dir named.")
+    try:
+        progress = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"{run_dir}: no {PROGRESS_NAME} in this folder, so it is no run, or its training has not begun. "
+            "Name the folder that --run-dir named."
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}). The next save of the run writes it anew.") from None
+    if not isinstance(progress, dict):
+        raise UserError(f"{path}: expected an object, found a {type(progress).__name__}.")
+    return progress
+
+
+def replace_atomically(path: Path, content: bytes) -> None:
+    """Put `content` in the place of `path` in one step. Not fsynced: a view must not wait for the disk."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        draft.write_bytes(content)
+        os.replace(draft, path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
+
+
+def lease_is_held(run_dir: Path | str) -> bool:
+    """Whether a live process on this machine holds RUN/.lease, that is, trains in this run directory.
+
+    Held for microseconds as a shared lock while it looks; the file is not made and not changed.
+    """
+    try:
+        descriptor = os.open(Path(run_dir) / LEASE_NAME, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True  # held; or a file system without locks, where progress.json is all there is to believe
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def as_it_is_now(run_dir: Path | str, progress: Mapping[str, Any]) -> dict[str, Any]:
+    """The progress, with state "stopped" where it says "running" but no process holds the run.
+
+    A process that is killed cannot write that it ended; its lease ends with it. Time left is then unknown, and the
+    message says how to go on.
+    """
+    if progress.get("state") != "running" or lease_is_held(run_dir):
+        return dict(progress)
+    saved = progress.get("checkpoint")
+    return {
+        **progress,
+        "state": "stopped",
+        "eta_s": None,
+        "message": "No process trains here: killed, or about to restart. "
+        f"The same command again goes on from {saved or 'the start, since nothing was saved yet'}.",
+    }
+
+
+def status_text(progress: Mapping[str, Any], now: datetime | None = None) -> str:
+    """One short screen for a person. With `now`, the last checkpoint's age is told beside its name."""
+
+    def known(key: str, form: str = "{}") -> str:
+        value = progress.get(key)
+        return "-" if value is None else form.format(value)
+
+    left = progress.get("eta_s")
+    saved = known("checkpoint")
+    age_s = checkpoint_age_s(progress, now) if now else None
+    if age_s is not None:
+        saved += f", saved {duration(age_s)} ago"
+    elif progress.get("checkpoint_at"):
+        saved += f", saved at {progress['checkpoint_at']}"
+    fields = {
+        "run": known("run_dir"),
+        "state": known("state") + (f" (policy {progress['policy']})" if progress.get("policy") else ""),
+        "epoch": f"{known('epoch')} of {known('epochs')}, step {known('step', '{:,}')}",
+        "val top-1": f"best {known('best_acc1', '{:.2f} %')}, last {known('last_acc1', '{:.2f} %')}",
+        "time": f"{duration(progress.get('total_s'))} spent, {duration(left)} left (estimate)"
+        if left
+        else f"{duration(progress.get('total_s'))} spent",
+        "sessions": f"{known('sessions')}, restarts {known('restarts')}",
+        "checkpoint": saved,
+        "message": known("message") if progress.get("message") else "",
+        "updated": "" if now else known("updated_at"),
+    }
+    return "".join(f"{name:<12}{value}\n" for name, value in fields.items() if value)
+
+
+def checkpoint_age_s(progress: Mapping[str, Any], now: datetime) -> float | None:
+    """Seconds since the last checkpoint, or None when there is none or its time cannot be read."""
+    try:
+        saved_at = datetime.fromisoformat(progress["checkpoint_at"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    return (now - (saved_at if saved_at.tzinfo else saved_at.replace(tzinfo=UTC))).total_seconds()
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as m:ss, h:mm:ss or d days: 31 → 0:31, 3723 → 1:02:03. None → "-"."""
+    if seconds is None:
+        return "-"
+    whole = max(0, round(seconds))
+    days, hours, minutes = whole // 86400, whole % 86400 // 3600, whole % 3600 // 60
+    if days:
+        return f"{days} d {hours}:{minutes:02}:{whole % 60:02}"
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"

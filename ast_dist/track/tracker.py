@@ -1,0 +1,249 @@
+"""The one thing that the training loop tells what happened: rows go to disk first, then to every view.
+
+Used by rank 0 alone. A view that fails warns once and stays off; a disk that refuses rows is said loudly and tried
+again at each row. Neither stops the training.
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from ast_dist.config import Config, to_dict
+from ast_dist.errors import UserError
+from ast_dist.track.console import Console
+from ast_dist.track.dashboard_process import DashboardProcess
+from ast_dist.track.history import History, read
+from ast_dist.track.progress import duration, read_progress, write_progress
+from ast_dist.track.wandb import WandbRun
+
+Row = Mapping[str, Any]
+CLOSE_TIMEOUT_S = 30.0
+
+
+class Tracker:
+    """Fan rows out to metrics.jsonl, the console, W&B and the dashboard; keep progress.json and sessions.jsonl.
+
+    run_dir: an existing folder, held by this process. world_size: ranks that train. restart: how often torchrun has
+    restarted this job; 0 is a start by a person, and a new session.
+    """
+
+    def __init__(self, run_dir: Path | str, config: Config, world_size: int, restart: int = 0) -> None:
+        self.run_dir = Path(run_dir)
+        self.console = Console(config.loop.epochs, config.track.quiet)
+        self._config = config
+        self._began = time.monotonic()
+        self._history = History(self.run_dir / "metrics.jsonl")
+        self._sessions = History(self.run_dir / "sessions.jsonl")
+        starts = [row for row in read(self._sessions.path) if "event" not in row]
+        before = max((row["session"] for row in starts), default=0)
+        self._start_row: dict[str, Any] = {
+            "session": max(1, before if restart else before + 1),
+            "restart": restart,
+            "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "world_size": world_size,
+        }
+        self._progress: dict[str, Any] = {
+            **{"state": "running", "epoch": 0, "step": 0, "best_acc1": None, "last_acc1": None, "total_s": 0.0},
+            **{"eta_s": None, "checkpoint": None, "checkpoint_at": None, "message": ""},
+            "epochs": config.loop.epochs,
+            "sessions": self._start_row["session"],
+            "restarts": sum(row["restart"] > 0 for row in starts) + (restart > 0),
+            "policy": config.gate.policy,
+            "run_dir": str(run_dir),
+        }
+        self._total_before_s = 0.0
+        self._last_sign_of_life: float | None = None
+        self._next_number = 0
+        self._rows_lost = 0
+        self._broken: set[str] = set()
+        self._dashboard = DashboardProcess(self.run_dir, self.warn) if config.track.dashboard else None
+        self._wandb: WandbRun | None = None
+
+    @property
+    def total_s(self) -> float:
+        """Seconds spent on the run, over all its sessions, work that a kill undid included."""
+        return self._total_before_s + time.monotonic() - self._began
+
+    @property
+    def history_bytes(self) -> int:
+        """Bytes of metrics.jsonl so far, for the checkpoint; they are on the disk itself when this returns."""
+        try:
+            return self._history.sync()
+        except OSError as error:
+            self.warn(f"{self._history.path} cannot be flushed ({error}). Training goes on.")
+            return self._history.length
+
+    def start(
+        self,
+        checkpoint: str | None = None,
+        resumed_from_step: int = 0,
+        previous_beat: tuple[int, float] | None = None,
+        session: Row | None = None,
+        versions: Row | None = None,
+        info: Row | None = None,
+        num_samples: int | None = None,
+    ) -> None:
+        """Cut the rows past the checkpoint, note the start in sessions.jsonl, and open the views.
+
+        checkpoint: the name of the one that was restored, None at a start from nothing. previous_beat: steps done by
+        the process before, and its last sign of life (seconds since 1970). session: what the checkpoint keeps for
+        the tracker, total_s and history_bytes. versions: of the packages. info: shown on the console. num_samples:
+        size of the training set, by which the dashboard turns skipped samples into a share.
+        Raises UserError when metrics.jsonl is not the one that the checkpoint belongs to.
+        """
+        kept = dict(session or {}) if checkpoint else {}
+        rows = read(self._history.path)
+        self._history.truncate(int(kept.get("history_bytes", 0)))
+        self._next_number = self._history.num_rows
+        self._restore(checkpoint, float(kept.get("total_s", 0.0)), rows)
+        steps_before, self._last_sign_of_life = previous_beat or (resumed_from_step, None)
+        repeated = max(0, steps_before - resumed_from_step)
+        self._start_row |= {
+            "resumed_from_step": resumed_from_step,
+            "last_step_before": resumed_from_step + repeated,
+            "steps_repeated": repeated,
+            "checkpoint": checkpoint,
+            "versions": dict(versions or {}),
+        }
+        self._progress |= {"step": resumed_from_step, "checkpoint": checkpoint, "num_samples": num_samples}
+        self._keep(self._sessions, self._start_row)
+        self._view("the console", self.console.start, {**(info or {}), "start": self._describe_start()})
+        self._wandb = WandbRun(
+            self.run_dir,
+            self._config.track.wandb,
+            self._config.track.wandb_project,
+            to_dict(self._config),
+            warn=self.warn,
+            inform=lambda text: self._view("the console", self.console.message, text),
+        )
+
+    def first_step(self) -> None:
+        """Note that the first step of this process is done: seconds since the process before was last alive."""
+        if self._last_sign_of_life is not None:
+            row = {key: self._start_row[key] for key in ("session", "restart")}
+            recovery_s = max(0.0, time.time() - self._last_sign_of_life)
+            self._keep(self._sessions, {**row, "event": "first_step", "recovery_s": round(recovery_s, 3)})
+
+    def step(self, row: Row) -> None:
+        """Take a step row. Its kind, its session and the time spent are filled in."""
+        self._take("step", row, self.console.step)
+        if self._dashboard:
+            self._view("the dashboard", self._dashboard.tend)
+
+    def epoch(self, row: Row) -> None:
+        """Take an epoch row. Its kind, its session and the time spent are filled in."""
+        self._take("epoch", row, self.console.epoch)
+        if self._dashboard:
+            self._view("the dashboard", self._dashboard.refresh)
+
+    def progress(self, **fields: Any) -> None:
+        """Update progress.json and STATUS.txt, after every save; keys as in `write_progress`.
+
+        Fields not given keep their value; the time spent and the time of a new checkpoint are filled in.
+        """
+        self._write_progress(fields)
+        if self._dashboard and self._progress["state"] == "running":
+            self._view("the dashboard", self._dashboard.refresh)
+
+    def warn(self, text: str) -> None:
+        """Show a warning; where even the console fails, on stderr."""
+        try:
+            self.console.warn(text)
+        except Exception as error:
+            with contextlib.suppress(OSError):
+                print(f"warning: {text} (and the console failed: {error!r})", file=sys.stderr)
+
+    def close(self, state: str, message: str = "", timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Write how it ended, show it, and wait for the last picture and for W&B, timeout_s seconds at most.
+
+        state: finished, paused or failed. message: why, in one line.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._write_progress({"state": state, "message": message, **({"eta_s": 0.0} if state == "finished" else {})})
+        if self._dashboard:
+            self._view("the dashboard", self._dashboard.close, timeout_s)
+        if self._wandb:
+            left_s = max(1.0, deadline - time.monotonic())
+            self._view("W&B", self._wandb.close, 1 if state == "failed" else 0, left_s)
+        self._view("the console", self.console.close, self._summary(state, message))
+        self._history.close()
+        self._sessions.close()
+
+    def _restore(self, checkpoint: str | None, saved_total_s: float, rows: list[dict[str, Any]]) -> None:
+        """Take up the time spent so far, also on steps that are about to be repeated, and the checkpoint's age."""
+        try:
+            previous = read_progress(self.run_dir)
+        except UserError:
+            previous = {}
+        last_row_s = rows[-1].get("time/total_s") if rows else None
+        self._total_before_s = max(saved_total_s, previous.get("total_s") or 0.0, last_row_s or 0.0)
+        if checkpoint and previous.get("checkpoint") == checkpoint:
+            self._progress["checkpoint_at"] = previous.get("checkpoint_at")
+
+    def _describe_start(self) -> str:
+        row = self._start_row
+        which = f"session {row['session']}" + (f", restart {row['restart']}" if row["restart"] else "")
+        if row["checkpoint"] is None:
+            return f"{which}, from the beginning"
+        return f"{which}, from {row['checkpoint']}, {row['steps_repeated']:,} steps to repeat"
+
+    def _summary(self, state: str, message: str) -> dict[str, str]:
+        best, last, run = self._progress["best_acc1"], self._progress["last_acc1"], self.run_dir
+        measured = ((name, value) for name, value in (("best", best), ("last", last)) if value is not None)
+        summary = {
+            "state": f"{state} after {duration(self.total_s)}" + (f": {message}" if message else ""),
+            "val top-1": ", ".join(f"{name} {value:.2f} %" for name, value in measured) or "not measured",
+            "files": f"{run}/metrics.jsonl, STATUS.txt" + (", dashboard.png" if self._dashboard else ""),
+            "look": f"python -m ast_dist.status {run}",
+        }
+        if state != "finished":
+            summary["go on"] = "the same command again"
+        return summary
+
+    def _take(self, kind: str, row: Row, show: Callable[[Row], None]) -> None:
+        filled = {"progress/session": self._start_row["session"], "time/total_s": round(self.total_s, 3)}
+        whole = {"kind": kind, **row, **filled}
+        number, self._next_number = self._next_number, self._next_number + 1
+        self._keep(self._history, whole)
+        self._view("the console", show, whole)
+        if self._wandb:
+            self._view("W&B", self._wandb.log, whole, number)
+
+    def _keep(self, history: History, row: Row) -> None:
+        try:
+            history.append(row)
+        except (OSError, TypeError) as error:
+            self._rows_lost += 1
+            self._warn_once("rows", f"ROWS ARE LOST: {history.path} ({error}). Training goes on; each row is tried.")
+        else:
+            if self._rows_lost:
+                self.warn(f"{history.path} is written again; rows lost before: {self._rows_lost}.")
+                self._rows_lost = 0
+                self._broken.discard("rows")
+
+    def _write_progress(self, fields: dict[str, Any]) -> None:
+        if fields.get("checkpoint") not in (None, self._progress["checkpoint"]):
+            fields = {"checkpoint_at": datetime.now(UTC).isoformat(timespec="seconds"), **fields}
+        self._progress |= {"total_s": round(self.total_s, 3), **fields}
+        try:
+            write_progress(self.run_dir, self._progress)
+        except (OSError, TypeError) as error:
+            self._warn_once("progress", f"{self.run_dir}/progress.json cannot be written ({error}). Training goes on.")
+
+    def _view(self, name: str, call: Callable[..., Any], *arguments: Any) -> None:
+        """Call a view; the first failure is a warning and the last call."""
+        if name in self._broken:
+            return
+        try:
+            call(*arguments)
+        except Exception as error:
+            self._warn_once(name, f"{name} is off from here on ({error!r}). Training goes on.")
+
+    def _warn_once(self, name: str, text: str) -> None:
+        if name not in self._broken:
+            self._broken.add(name)
+            self.warn(text)
