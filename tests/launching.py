@@ -1,0 +1,66 @@
+"""Start the package's commands as people do: alone, or under torchrun."""
+
+import os
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+PATIENCE_S = 120.0
+
+
+def environment() -> dict[str, str]:
+    """One thread a process, and none of an outer torchrun's variables."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "MASTER_")) and k != "RANK"}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def start(*words: str, world_size: int = 0, max_restarts: int = 0) -> "subprocess.Popen[str]":
+    """Start `python WORDS`, under torchrun where world_size is not 0. Its output goes to one pipe."""
+    launcher: list[str] = []
+    if world_size:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world_size}"]
+        launcher += [f"--max-restarts={max_restarts}", "--monitor-interval=0.1"]
+    return subprocess.Popen(
+        [sys.executable, *launcher, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+        cwd=ROOT,
+    )
+
+
+def finish(process: "subprocess.Popen[str]", expected: int = 0) -> str:
+    """Wait for a process and return its output; fail with that output when its exit code is another."""
+    output, _ = process.communicate(timeout=PATIENCE_S)
+    assert process.returncode == expected, f"exit code {process.returncode}, expected {expected}:\n{output}"
+    return output
+
+
+def wait_for(condition: Callable[[], Any], what: str, process: "subprocess.Popen[str]") -> Any:
+    """Watch until `condition` gives something true, and return it. Fails when the process ends before."""
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        found = condition()
+        if found:
+            return found
+        if process.poll() is not None:
+            found = condition()
+            assert found, f"the process ended before {what}:\n{process.communicate()[0]}"
+            return found
+        time.sleep(0.001)  # a pause between looks, not a guess at how long something takes
+    raise AssertionError(f"{what} did not happen within {PATIENCE_S:g} s")
+
+
+def steps_done(run_dir: Path) -> int:
+    """Steps that the run's heartbeat states; 0 before the first."""
+    try:
+        raw = (run_dir / ".lease").read_bytes()[:16]
+    except FileNotFoundError:
+        return 0
+    return int(struct.unpack("<qd", raw)[0]) if len(raw) == 16 else 0

@@ -1,0 +1,314 @@
+"""Claims about the training command, in one process, called as its main function."""
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ast_dist.data.index import Index
+from ast_dist.errors import run_command
+from ast_dist.fault.checkpoint import read
+from ast_dist.fault.commit import committed
+from ast_dist.fault.lease import Lease
+from ast_dist.fault.state import hash_state
+from ast_dist.track.history import read as read_rows
+from ast_dist.train import main
+from tests.launching import finish, start, steps_done, wait_for
+from tests.shards import overwrite, squares, write_split
+
+NUM_SAMPLES = 96
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("shards")
+    write_split(folder / "train", squares(NUM_SAMPLES, side=8))
+    write_split(folder / "val", squares(20, side=8))
+    return folder
+
+
+def words(shards: Path, run_dir: Path, *more: str) -> list[str]:
+    return [
+        *("--run-dir", str(run_dir), "--data.train", str(shards / "train"), "--data.val", str(shards / "val")),
+        *("--data.image-size", "8", "--data.crop", "padded", "--data.crop-pad-px", "1", "--model.name", "small_cnn"),
+        *("--model.width", "8", "--optim.lr", "0.05", "--loop.epochs", "3", "--loop.global-batch-size", "16"),
+        *("--checkpoint.every-s", "0", "--track.every-steps", "1", "--track.no-dashboard", *more),
+    ]
+
+
+def snapshot(folder: Path) -> dict[str, bytes | None]:
+    """Every path below a folder with its bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """Run the command, which must answer with one line and exit code 2; return the line."""
+    capsys.readouterr()
+    assert run_command(main, argv) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def progress(run_dir: Path) -> dict:
+    return json.loads((run_dir / "progress.json").read_text())
+
+
+def state_hash(run_dir: Path) -> str:
+    return hash_state(read(committed(run_dir / "checkpoints")[-1])[0])
+
+
+@pytest.fixture(scope="module")
+def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A gated run that is done."""
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    assert run_command(main, words(shards, run_dir, "--data.cache", "none", "--gate.anneal-share", "0")) == 0
+    return run_dir
+
+
+def test_a_finished_run_leaves_what_the_design_names(finished: Path) -> None:
+    names = {path.name for path in finished.iterdir()}
+    assert {"config.yaml", "env.json", "metrics.jsonl", "progress.json", "STATUS.txt", "sessions.jsonl"} <= names
+    assert progress(finished)["state"] == "finished"
+    rows = read_rows(finished / "metrics.jsonl")
+    keys = set().union(*(row.keys() for row in rows))
+    assert {"train/loss", "train/acc1_selected", "train/lr", "val/acc1", "val/acc5", "val/loss"} <= keys
+    assert {"gate/rate", "gate/rate_target", "gate/threshold", "gate/integral", "gate/score_p50"} <= keys
+    assert {"cost/samples_skipped", "cost/flops_saved", "perf/images_per_s", "perf/step_ms", "perf/data_wait"} <= keys
+    assert not any("joules" in key or "energy" in key for key in keys), "no GPU, no joules"
+
+
+def test_a_skipped_sample_is_not_read(finished: Path) -> None:
+    epochs = [row for row in read_rows(finished / "metrics.jsonl") if row["kind"] == "epoch"]
+    planned = [row["cost/samples_planned"] for row in epochs]
+    assert planned[0] == NUM_SAMPLES
+    assert planned[1] < NUM_SAMPLES
+    read_so_far = [row["cost/session_samples_read"] for row in epochs]
+    assert read_so_far == [sum(planned[: number + 1]) for number in range(len(planned))]
+    assert epochs[-1]["cost/samples_skipped"] == 3 * NUM_SAMPLES - sum(planned)
+    assert epochs[-1]["cost/flops_saved"] == pytest.approx(1 - sum(planned) / (3 * NUM_SAMPLES))
+
+
+def test_the_same_command_on_a_finished_run_changes_no_weight(
+    finished: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = state_hash(finished)
+    assert run_command(main, words(shards, finished, "--data.cache", "none", "--gate.anneal-share", "0")) == 0
+    assert state_hash(finished) == before
+    assert progress(finished)["state"] == "finished"
+    assert progress(finished)["sessions"] == 2
+
+
+def test_two_runs_of_one_command_give_the_same_state(finished: Path, shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "again"
+    # The cache changes where pixels come from, not which.
+    assert run_command(main, words(shards, run_dir, "--data.cache", "ram", "--gate.anneal-share", "0")) == 0
+    assert state_hash(run_dir) == state_hash(finished)
+    assert run_command(main, words(shards, tmp_path / "other", "--seed", "1", "--gate.anneal-share", "0")) == 0
+    assert state_hash(tmp_path / "other") != state_hash(finished)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--gate.target-rat", "0.3"], "--gate.target-rate"),
+        (["--loop.epochs", "many"], "--loop.epochs"),
+        (["--loop.global-batch-size", "0"], "loop.global_batch_size is 0, must be at least 1"),
+        (["--gate.target-rate", "0.1"], "gate.p_min is 0.2, but must lie in 0 … gate.target_rate (0.1)"),
+        (["--preset", "digit"], "There are: "),
+        (["--model.name", "resnet51"], "Perhaps you meant: "),
+        (["--model.num-classes", "4"], "has label 9, but the model has 4 classes"),
+        (["--resume", "must"], "holds no run"),
+        (["--data.train", "nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_bad_arguments_get_one_line_and_leave_no_trace(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], says: str
+) -> None:
+    run_dir = tmp_path / "run"
+    assert says in refused(words(shards, run_dir, *more), capsys)
+    assert not run_dir.exists()
+
+
+def test_a_typo_in_a_yaml_file_is_told_with_the_files_name(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("gate: {target_rat: 0.3}\n")
+    line = refused(words(shards, tmp_path / "run", "--config", str(file)), capsys)
+    assert str(file) in line
+    assert "Perhaps you meant: --gate.target-rate" in line
+
+
+def test_a_global_batch_smaller_than_the_world_is_refused(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "17")
+    line = refused(words(shards, tmp_path / "run"), capsys)
+    assert "loop.global_batch_size is 16, but there are 17 processes" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_shard_shorter_than_its_manifest_says_is_refused_with_both_sizes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "val"):
+        write_split(tmp_path / split, squares(20, side=8))
+    shard = Index.open(tmp_path / "train").shard_paths[1]
+    size = shard.stat().st_size
+    os.truncate(shard, size - 512)
+    line = refused(words(tmp_path, tmp_path / "run"), capsys)
+    assert f"{size - 512:,} bytes" in line
+    assert f"{size:,}" in line
+    assert shard.name in line
+
+
+def test_another_configuration_is_refused_with_the_difference_and_changes_nothing(
+    finished: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = snapshot(finished)
+    more = ("--data.cache", "none", "--gate.anneal-share", "0", "--gate.target-rate", "0.3")
+    line = refused(words(shards, finished, *more), capsys)
+    assert "gate.target_rate: 0.4 → 0.3" in line
+    assert "data.cache" not in line
+    assert snapshot(finished) == before
+
+
+def test_other_data_under_the_same_path_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for split in ("train", "val"):
+        write_split(tmp_path / split, squares(20, side=8))
+    assert run_command(main, words(tmp_path, tmp_path / "run", "--loop.epochs", "1")) == 0
+    (tmp_path / "train").rename(tmp_path / "old")
+    write_split(tmp_path / "train", squares(21, side=8))
+    assert "manifest.train: " in refused(words(tmp_path, tmp_path / "run", "--loop.epochs", "1"), capsys)
+
+
+def test_a_folder_of_other_things_is_not_taken_for_a_run(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("x")
+    before = snapshot(tmp_path)
+    assert "thesis.tex" in refused(words(shards, tmp_path), capsys)
+    assert snapshot(tmp_path) == before
+
+
+def test_a_run_that_another_process_holds_is_refused_with_its_owner(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    lease = Lease(run_dir)
+    before = snapshot(run_dir)
+    assert f'"pid": {os.getpid()}' in refused(words(shards, run_dir), capsys)
+    assert snapshot(run_dir) == before
+    lease.release()
+
+
+def test_never_moves_the_old_run_aside_whole(shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert run_command(main, words(shards, run_dir, "--loop.epochs", "1")) == 0
+    before = snapshot(run_dir)
+    assert run_command(main, words(shards, run_dir, "--loop.epochs", "2", "--resume", "never")) == 0
+    asides = list(tmp_path.glob("run.archived-*"))
+    assert len(asides) == 1
+    assert {k: v for k, v in snapshot(asides[0]).items() if k != ".lease"} == {
+        k: v for k, v in before.items() if k != ".lease"
+    }
+    assert progress(run_dir)["sessions"] == 1
+    assert yaml.safe_load((run_dir / "config.yaml").read_text())["loop"]["epochs"] == 2
+
+
+def test_a_restart_by_torchrun_goes_on_although_never_was_asked_for(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    argv = words(shards, run_dir, "--loop.epochs", "1", "--resume", "never")
+    assert run_command(main, argv) == 0
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run_command(main, argv) == 0
+    assert not list(tmp_path.glob("run.archived-*"))
+    assert progress(run_dir)["restarts"] == 1
+
+
+def test_dry_run_writes_nothing(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(main, words(shards, tmp_path / "run", "--dry-run")) == 0
+    assert list(tmp_path.iterdir()) == []
+    output = capsys.readouterr().out
+    assert "96 samples" in output
+    assert "nothing was written" in output
+
+
+def test_sigterm_saves_the_step_it_came_in_and_the_run_goes_on_exactly(
+    finished: Path, shards: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    argv = words(shards, run_dir, "--data.cache", "none", "--gate.anneal-share", "0")
+
+    def strike() -> None:
+        while steps_done(run_dir) < 3 and threading.main_thread().is_alive():
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=strike)
+    thread.start()
+    assert run_command(main, argv) == 0
+    thread.join()
+    assert progress(run_dir)["state"] == "paused"
+    assert "SIGTERM: saved, nothing lost" in progress(run_dir)["message"]
+    assert progress(run_dir)["step"] == steps_done(run_dir)
+    assert 3 <= progress(run_dir)["step"] < 18
+    assert run_command(main, argv) == 0
+    assert progress(run_dir)["state"] == "finished"
+    assert state_hash(run_dir) == state_hash(finished)
+
+
+def test_the_sessions_deadline_saves_and_ends_with_exit_code_0(shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    assert run_command(main, words(shards, run_dir, "--session.hours", "1e-9")) == 0
+    assert progress(run_dir)["state"] == "paused"
+    assert "deadline" in progress(run_dir)["message"]
+    assert 0 < progress(run_dir)["step"] <= 3
+    assert run_command(main, words(shards, run_dir)) == 0
+    assert progress(run_dir)["state"] == "finished"
+
+
+def test_ctrl_c_saves_and_ends_cleanly(shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    job = start("-m", "ast_dist.train", *words(shards, run_dir, "--loop.epochs", "400"))
+    wait_for(lambda: steps_done(run_dir) >= 2, "step 2", job)
+    job.send_signal(signal.SIGINT)
+    output = finish(job)
+    assert "Traceback" not in output
+    assert progress(run_dir)["state"] == "paused"
+    assert progress(run_dir)["step"] == steps_done(run_dir)
+
+
+def test_damaged_samples_below_the_limit_are_named_counted_and_left_out(tmp_path: Path) -> None:
+    index = write_split(tmp_path / "train", squares(NUM_SAMPLES, side=8))
+    write_split(tmp_path / "val", squares(20, side=8))
+    overwrite(index, 5, b"not a JPEG")
+    run_dir = tmp_path / "run"
+    more = ("--loop.epochs", "1", "--data.damaged-limit", "0.02", "--track.quiet")
+    assert run_command(main, words(tmp_path, run_dir, *more)) == 0
+    state, _ = read(committed(run_dir / "checkpoints")[-1])
+    assert state["counts"]["damaged"] == 1
+    assert state["counts"]["backwarded"] == NUM_SAMPLES - 1
+    assert state["gate"]["memory"]["visits"].tolist() == [int(i != 5) for i in range(NUM_SAMPLES)]
+
+
+def test_damaged_samples_above_the_limit_stop_the_run_and_name_the_check(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index = write_split(tmp_path / "train", squares(NUM_SAMPLES, side=8))
+    write_split(tmp_path / "val", squares(20, side=8))
+    overwrite(index, 5, b"not a JPEG")
+    run_dir = tmp_path / "run"
+    with pytest.raises(RuntimeError, match=r"1 damaged samples, but .* allows 0\.0096 .*check_shards"):
+        main(words(tmp_path, run_dir, "--loop.epochs", "1"))
+    assert progress(run_dir)["state"] == "failed"
+    assert "sample 0000005-x (id 5)" in capsys.readouterr().err
