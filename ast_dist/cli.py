@@ -16,8 +16,6 @@ from ast_dist.errors import UserError, run_command
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("ast_dist.train", "train, or go on where the run stopped"),
     "status": ("ast_dist.status", "say how a run stands"),
-    "evaluate": ("ast_dist.evaluate", "measure a run's accuracy on a set of shards"),
-    "export": ("ast_dist.export", "write a run's weights to one file"),
     "make-shards": ("data_prep.make_shards", "turn images into shards with an index"),
     "check-shards": ("data_prep.check_shards", "verify a set of shards, sample by sample"),
     "doctor": ("ast_dist.doctor", "check what this machine can run"),

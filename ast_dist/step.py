@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ast_dist.config import Config
-from ast_dist.data.loader import Batch
+from ast_dist.data.loader import Batch, upload
 from ast_dist.distributed import World
 from ast_dist.gate.cost import SampleFlops, count_flops
 from ast_dist.gate.significance import significance
@@ -95,7 +95,7 @@ class TrainStep:
         optim = self.config.optim
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        cast = torch.tensor([0, int(stop), int(save), len(batch.damaged)], device=batch.images.device)
+        cast = upload(torch.tensor([0, int(stop), int(save), len(batch.damaged)]), batch.images.device)
         cast[0] = batch.is_active.sum()
         votes = self.world.sum(cast)
         with self.autocast:

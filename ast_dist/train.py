@@ -362,7 +362,8 @@ def train_in(
         finally:
             trainer.report_progress()
             if trainer.tracker:
-                trainer.tracker.close(outcome, message)
+                # Somebody who asked to stop is waiting: the last picture is not worth the grace.
+                trainer.tracker.close(outcome, message, timeout_s=30.0 if outcome == "finished" else 5.0)
 
 
 def _on_main(world: World, action: Any) -> Any:
@@ -382,8 +383,11 @@ def _on_main(world: World, action: Any) -> Any:
 def _take(config: Config, restart: int, manifests: dict[str, str]) -> Lease:
     """Become the owner of the run directory, moving an old run aside where asked to."""
     run_dir = Path(config.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    lease = Lease(run_dir)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lease = Lease(run_dir)
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}). Name another folder.") from None
     if config.resume == "never" and restart == 0 and (run_dir / run_folder.CONFIG_NAME).is_file():
         aside = run_folder.archive(run_dir)
         print(f"the run that stood in {run_dir} is now in {aside}", flush=True)

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from ast_dist.data.index import Index
@@ -286,6 +287,37 @@ def test_ctrl_c_saves_and_ends_cleanly(shards: Path, tmp_path: Path) -> None:
     assert "Traceback" not in output
     assert progress(run_dir)["state"] == "paused"
     assert progress(run_dir)["step"] == steps_done(run_dir)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--optim.name", "adamw", "--optim.lr", "0.001", "--loop.precision", "bf16", "--optim.label-smoothing", "0.1"),
+        ("--optim.clip-grad-norm", "1.0", "--loop.precision", "fp16", "--optim.schedule", "linear"),
+        ("--model.name", "resnet18", "--data.image-size", "32", "--loop.global-batch-size", "19", "--loop.epochs", "2"),
+        ("--model.norm", "group", "--model.no-channels-last", "--loop.deterministic", "--gate.p-min", "0.4"),
+    ],
+    ids=["adamw-bf16", "clip-fp16", "resnet-lone-sample", "group-deterministic"],
+)
+def test_stopped_and_resumed_equals_uninterrupted_whatever_the_recipe(
+    shards: Path, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    try:
+        assert run_command(main, words(shards, whole, *more)) == 0
+        # The deadline ends each session after its second step.
+        assert run_command(main, words(shards, stopped, *more, "--session.hours", "1e-9")) == 0
+        assert progress(stopped)["state"] == "paused"
+        assert run_command(main, words(shards, stopped, *more)) == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert state_hash(stopped) == state_hash(whole)
+    assert progress(whole)["last_acc1"] is not None
+
+
+def test_an_unwritable_run_dir_is_refused(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").touch()
+    assert "cannot be written" in refused(words(shards, tmp_path / "file/run"), capsys)
 
 
 def test_damaged_samples_below_the_limit_are_named_counted_and_left_out(tmp_path: Path) -> None:

@@ -52,11 +52,14 @@ class Batch:
         """Copy to a device without waiting for it."""
         if device.type == "cpu":
             return self
-        moved = {
-            name: getattr(self, name).pin_memory().to(device, non_blocking=True)
-            for name in ("ids", "images", "labels", "weights", "is_active")
-        }
+        names = ("ids", "images", "labels", "weights", "is_active")
+        moved = {name: upload(getattr(self, name), device) for name in names}
         return Batch(step=self.step, planned=self.planned, damaged=self.damaged, **moved)
+
+
+def upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a CPU tensor to a device; to a GPU through pinned memory, so that the host does not wait."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Loader:

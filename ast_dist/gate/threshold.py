@@ -39,7 +39,7 @@ def bin_of(significance: Tensor) -> Tensor:
     Compares with the bins' edges: logarithms differ in their last bit between processors, and a score would then
     fall into one bin on one rank and into the next on another.
     """
-    return torch.bucketize(significance.float(), _edges(significance.device), right=True)
+    return torch.bucketize(significance.float().contiguous(), _edges(significance.device), right=True)
 
 
 def histogram(significance: Tensor) -> Tensor:

@@ -195,7 +195,7 @@ class Tracker:
         best, last, run = self._progress["best_acc1"], self._progress["last_acc1"], self.run_dir
         measured = ((name, value) for name, value in (("best", best), ("last", last)) if value is not None)
         summary = {
-            "state": f"{state} after {duration(self.total_s)}" + (f": {message}" if message else ""),
+            "state": f"{state} after {duration(self._progress['total_s'])}" + (f": {message}" if message else ""),
             "val top-1": ", ".join(f"{name} {value:.2f} %" for name, value in measured) or "not measured",
             "files": f"{run}/metrics.jsonl, STATUS.txt" + (", dashboard.png" if self._dashboard else ""),
             "look": f"python -m ast_dist.status {run}",
