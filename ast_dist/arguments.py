@@ -52,7 +52,8 @@ def _one_line(framed: str) -> str:
     for raw in re.sub(r"\x1b\[[0-9;]*m", "", framed).splitlines()[1:]:
         line = raw.strip(" |+│╭╮╰╯")
         is_rule = not line.strip("-─")
-        if not is_rule and not line.startswith("For full helptext"):
+        is_pointer_to_help = line.startswith("For full helptext") or line.endswith("--help")
+        if not (is_rule or is_pointer_to_help):
             lines.append(line)
     # "Error parsing gate: gate.p_min is …" names the key twice: our own messages start with it.
     return re.sub(r"^Error parsing \w+: (?=(\w+\.\w+|--\S+) is )", "", " ".join(lines))

@@ -6,40 +6,58 @@ from collections.abc import Iterator
 from ast_dist.data.loader import Batch
 
 
-class Clock:
-    """Where the time goes: steps, waiting for data, saves, epochs."""
+class Span:
+    """A stretch of the run: since when, how many steps and samples, how long the loop waited for data."""
 
     def __init__(self) -> None:
-        now = time.monotonic()
-        self._began = self._interval_began = self._epoch_began = self._last_save = now
-        self._waited_s = 0.0
-        self._steps = 0
-        self._all_steps = 0
-        self._samples = 0
-        self._all_samples = 0
+        self.began = time.monotonic()
+        self.steps = 0
+        self.samples = 0
+        self.waited_s = 0.0
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the span began."""
+        return max(time.monotonic() - self.began, 1e-9)
+
+    def row(self) -> dict[str, float]:
+        """Throughput over all ranks and the share of time spent waiting for data."""
+        elapsed_s = self.elapsed_s
+        return {
+            "perf/images_per_s": self.samples / elapsed_s,
+            "perf/data_wait": min(self.waited_s / elapsed_s, 1.0),
+        }
+
+
+class Clock:
+    """Measures steps, waiting for data, saves and epochs, each over its own span."""
+
+    def __init__(self) -> None:
+        self._process, self._epoch, self._interval = Span(), Span(), Span()
+        self._last_save = self._process.began
         self._stall_s: float | None = None
 
     @property
     def is_first_step(self) -> bool:
         """Whether exactly one step was done in this process."""
-        return self._all_steps == 1
+        return self._process.steps == 1
 
     def waiting(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """Pass batches through and measure the time that the loop waits for them."""
         while True:
             began = time.monotonic()
             batch = next(batches, None)
-            self._waited_s += time.monotonic() - began
+            for span in (self._epoch, self._interval):
+                span.waited_s += time.monotonic() - began
             if batch is None:
                 return
             yield batch
 
     def step_done(self, samples: int) -> None:
         """Count a step of the global batch."""
-        self._steps += 1
-        self._all_steps += 1
-        self._samples += samples
-        self._all_samples += samples
+        for span in (self._process, self._epoch, self._interval):
+            span.steps += 1
+            span.samples += samples
 
     def saved(self, stall_s: float) -> None:
         """Note a checkpoint and for how long it held up the training."""
@@ -51,29 +69,24 @@ class Clock:
         return time.monotonic() - self._last_save
 
     def seconds_per_sample(self) -> float:
-        """Wall-clock seconds per trained sample in this session, evaluation and saves included."""
-        return (time.monotonic() - self._began) / self._all_samples if self._all_samples else 0.0
+        """Wall-clock seconds per trained sample in this process, evaluation and saves included."""
+        return self._process.elapsed_s / self._process.samples if self._process.samples else 0.0
 
     def interval_row(self) -> dict[str, float]:
-        """The perf keys since the last call or the epoch's start, samples over all ranks."""
-        now = time.monotonic()
-        elapsed = max(now - self._interval_began, 1e-9)
-        row = {
-            "perf/images_per_s": self._samples / elapsed,
-            "perf/step_ms": 1000 * elapsed / max(self._steps, 1),
-            "perf/data_wait": min(self._waited_s / elapsed, 1.0),
-        }
+        """The perf keys since the last call or the epoch's start."""
+        span, self._interval = self._interval, Span()
+        row = {**span.row(), "perf/step_ms": 1000 * span.elapsed_s / max(span.steps, 1)}
         if self._stall_s is not None:
             row["perf/ckpt_stall_ms"] = 1000 * self._stall_s
-        self._interval_began, self._steps, self._samples, self._waited_s, self._stall_s = now, 0, 0, 0.0, None
+            self._stall_s = None
         return row
 
-    def epoch_row(self) -> dict[str, float]:
-        """The perf keys of an epoch."""
-        return {"perf/epoch_s": time.monotonic() - self._epoch_began}
+    def epoch_trained(self) -> dict[str, float]:
+        """The perf keys of the epoch's steps, evaluation left out."""
+        return {**self._epoch.row(), "perf/train_s": self._epoch.elapsed_s}
 
-    def epoch_done(self) -> None:
-        """Begin the next epoch's time; evaluation belongs to no step interval."""
-        now = time.monotonic()
-        self._epoch_began = self._interval_began = now
-        self._steps, self._samples, self._waited_s = 0, 0, 0.0
+    def epoch_done(self) -> dict[str, float]:
+        """The epoch's seconds, evaluation included; the next epoch's time begins."""
+        row = {"perf/epoch_s": self._epoch.elapsed_s}
+        self._epoch, self._interval = Span(), Span()
+        return row

@@ -211,7 +211,7 @@ class TrackConfig:
     every_steps: int = 10
     """Steps between rows of metrics.jsonl."""
     dashboard: bool = True
-    """Draw dashboard.png at each epoch's end, in a process beside the training."""
+    """Draw dashboard.png at each epoch's end and each save, in a process beside the training."""
     quiet: bool = False
     """Print warnings and errors only."""
     wandb: Literal["off", "offline", "online"] = "off"

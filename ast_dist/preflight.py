@@ -1,7 +1,5 @@
 """What is judged before anything is written: configuration and data against each other."""
 
-import dataclasses
-
 import torch
 
 from ast_dist.config import Config
@@ -48,10 +46,8 @@ def check_data(config: Config, train: Index, val: Index, world_size: int) -> int
 def _check_model(config: Config, num_classes: int) -> None:
     """Build the model and pass two images through it, both without memory or arithmetic (torch's meta device)."""
     kind, size = config.model, config.data.image_size
-    if kind.norm == "sync":
-        if not torch.cuda.is_available():
-            raise UserError("model.norm is sync, which works on GPUs only, and torch sees none. Use batch or group.")
-        kind = dataclasses.replace(kind, norm="batch")  # the meta device has no sync
+    if kind.norm == "sync" and not torch.cuda.is_available():
+        raise UserError("model.norm is sync, which works on GPUs only, and torch sees none. Use batch or group.")
     try:
         with torch.device("meta"), torch.no_grad():
             build_model(kind, num_classes)(torch.empty(2, 3, size, size))

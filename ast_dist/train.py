@@ -190,7 +190,7 @@ class Trainer:
         self.policy.observe(torch.where(batch.is_active, batch.ids, -1), scores)
         state.step_in_epoch += 1
         state.global_step += 1
-        self._count(batch.planned, num_steps)
+        self._count(batch.planned)
         if self.lease:
             self.lease.beat(state.global_step)
         if self.tracker and batch.damaged:
@@ -207,12 +207,15 @@ class Trainer:
         every_steps = self.config.checkpoint.every_steps
         return every_steps > 0 and self.state.global_step % every_steps == 0
 
-    def _count(self, planned: int, num_steps: int) -> None:
+    def _count(self, planned: int) -> None:
         """Advance the ledger to the present position; the skipped samples of an epoch count as its steps pass."""
         state, ledger = self.state, self.ledger
         ledger.forwarded += planned
         ledger.backwarded += planned
-        ledger.full_equivalent = round(state.num_samples * (state.epoch + state.step_in_epoch / num_steps))
+        assert state.plan is not None
+        in_plan = len(state.plan.ids)
+        consumed = min(state.step_in_epoch * self.config.loop.global_batch_size, in_plan)
+        ledger.full_equivalent = round(state.num_samples * (state.epoch + consumed / in_plan))
 
     def _agree(self, votes: list[int] | None) -> None:
         """Take in a step's summed votes: all ranks read the same ones at the same place in the loop."""
@@ -236,7 +239,7 @@ class Trainer:
         state, loop = self.state, self.config.loop
         self._agree(self.lagged.flush())
         self.policy.merge(state.epoch)
-        rate_report = self.policy.report()
+        report = {f"gate/{key}": value for key, value in self.policy.report().items()} | self.clock.epoch_trained()
         state.epoch += 1
         state.step_in_epoch = 0
         state.plan = None
@@ -255,23 +258,23 @@ class Trainer:
             state.best_acc1 = max(state.last_acc1, state.best_acc1 or 0.0)
         reads = torch.tensor([self.loader.reader.samples_read, self.loader.samples_decoded], device=self.world.device)
         samples_read, samples_decoded = self.world.sum(reads).tolist()
+        timing = self.clock.epoch_done()
         if self.tracker:
             self.tracker.epoch(
                 {
                     "epoch": state.epoch,
                     "global_step": state.global_step,
                     "progress/epoch": float(state.epoch),
-                    **{f"gate/{key}": value for key, value in rate_report.items()},
+                    **report,
                     **self._costs(),
                     "cost/samples_planned": len(plan.ids),
                     "cost/session_samples_read": samples_read,
                     "cost/session_samples_decoded": samples_decoded,
                     **scores,
-                    **self.clock.epoch_row(),
+                    **timing,
                     "progress/eta_h": self._eta_s() / 3600,
                 }
             )
-        self.clock.epoch_done()
         self.save()
 
     def _report_step(self, lr: float, num_steps: int) -> None:
@@ -357,7 +360,7 @@ def train_in(
             if outcome == "paused":
                 message = f"{trainer.guard.reason or 'a peer asked to stop'}: saved, nothing lost"
         except BaseException as error:
-            message = f"{type(error).__name__}: {error}".splitlines()[0]
+            message = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             raise
         finally:
             trainer.report_progress()

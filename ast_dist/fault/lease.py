@@ -11,6 +11,7 @@ from pathlib import Path
 from ast_dist.errors import UserError
 
 LEASE_NAME = ".lease"
+_PATIENCE_S = 0.5
 _BEAT = struct.Struct("<qd")
 
 
@@ -24,14 +25,12 @@ class Lease:
     def __init__(self, run_dir: Path) -> None:
         path = run_dir / LEASE_NAME
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not self._lock():
             owner = os.pread(self._file, 4096, _BEAT.size).decode(errors="replace").strip()
             os.close(self._file)
             raise UserError(
                 f"{run_dir}: another process trains here ({owner}). Wait for it, stop it, or choose another --run-dir."
-            ) from None
+            )
         self.previous_beat = self._read()
         self_description = {"pid": os.getpid(), "host": socket.gethostname()}
         os.ftruncate(self._file, _BEAT.size)
@@ -44,6 +43,19 @@ class Lease:
     def release(self) -> None:
         """Let another process have the directory."""
         os.close(self._file)
+
+    def _lock(self) -> bool:
+        # Whoever asks how the run stands holds a shared lock for a moment; a real owner holds on for longer.
+        patience = time.monotonic() + _PATIENCE_S
+        while True:
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > patience:
+                    return False
+                time.sleep(0.01)
+            else:
+                return True
 
     def _read(self) -> tuple[int, float] | None:
         raw = os.pread(self._file, _BEAT.size, 0)

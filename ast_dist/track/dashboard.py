@@ -125,12 +125,8 @@ def draw_threshold(axes: Axes, rows: Sequence[Row], progress: Row) -> None:
             none = "every sample is trained on" if progress.get("policy") == "full" else "no gated epoch so far"
             _say(axes, f"none: {none}")
         return
-    if known.min() > 0 and known.max() / known.min() > 20:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
-        axes.yaxis.set_major_formatter(_plain_numbers)
-        axes.yaxis.set_minor_formatter(NullFormatter())
     _plot_points(axes, passes, threshold, "threshold", BLUE, "-")
+    _use_log_scale_if_wide(axes)
     if _series(rows, "gate/integral")[0].size:
         integral = _series(rows, "gate/integral", gaps=True)
         _plot_points(_right_axis(axes), *integral, "integral (right)", VERMILLION, "--")
@@ -145,7 +141,8 @@ def draw_loss(axes: Axes, rows: Sequence[Row], progress: Row) -> None:
         right = _right_axis(axes)
         _plot(right, rows, "train/lr", "LR (right)", GREY, ":", kind="step", width=2.2)
         right.set_ylim(bottom=0)
-    axes.set_ylim(bottom=0)
+    if not _use_log_scale_if_wide(axes):
+        axes.set_ylim(bottom=0)
 
 
 def draw_time(axes: Axes, rows: Sequence[Row], progress: Row) -> None:
@@ -305,6 +302,19 @@ def _title(axes: Axes, text: str) -> None:
     axes.set_title(text, fontsize=17, fontweight="bold", loc="left", pad=32)
 
 
+def _use_log_scale_if_wide(axes: Axes) -> bool:
+    """Show values that span more than a factor of 20 on a logarithmic axis, so that one high one hides no others."""
+    drawn = np.concatenate([np.asarray(line.get_ydata(), dtype=float) for line in axes.lines] or [np.zeros(0)])
+    values = drawn[np.isfinite(drawn)]
+    is_wide = bool(values.size and values.min() > 0 and values.max() / values.min() > 20)
+    if is_wide:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0), numticks=7))
+        axes.yaxis.set_major_formatter(_plain_numbers)
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    return is_wide
+
+
 def _say(axes: Axes, text: str) -> None:
     axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", va="center", fontsize=15, color=GREY)
     axes.set_yticks([])
@@ -327,7 +337,7 @@ def _mark_starts(axes: Axes, rows: Sequence[Row], starts: Sequence[Row]) -> None
     steps, passes = (np.asarray(column, dtype=float) for column in zip(*at, strict=True))
     for row in starts[1:]:
         where = float(np.interp(row.get("resumed_from_step") or 0, [0.0, *steps], [0.0, *passes]))
-        axes.axvline(where, color=PURPLE, linestyle=":" if row.get("restart") else "--", linewidth=1.6, zorder=0)
+        axes.axvline(where, color=PURPLE, linestyle=":" if row.get("restart") else "--", linewidth=1.6, zorder=1)
 
 
 def _finish(axes: Axes, rows: Sequence[Row]) -> None:

@@ -53,6 +53,13 @@ class DashboardProcess:
         self._start()
         self._wait(deadline)
 
+    def leave(self) -> None:
+        """Begin a last picture, unless one is being drawn, and wait for neither; nothing may be called after this."""
+        if self._child is None:
+            self._start()
+        if self._errors is not None:
+            self._errors.close()
+
     def _start(self) -> None:
         self._is_wanted = False
         self._next_start = time.monotonic() + self._min_interval_s

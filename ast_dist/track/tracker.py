@@ -158,13 +158,16 @@ class Tracker:
                 print(f"warning: {text} (and the console failed: {error!r})", file=sys.stderr)
 
     def close(self, state: str, message: str = "", timeout_s: float = CLOSE_TIMEOUT_S) -> None:
-        """Write how it ended, show it, and wait for the last picture and for W&B, timeout_s seconds at most.
+        """Write how it ended, show it, and wait for W&B and the last picture, timeout_s seconds at most.
 
-        state: finished, paused or failed. message: why, in one line.
+        state: finished, paused or failed; nobody waits for the picture of a failed run, which must make room for its
+        restart. message: why, in one line.
         """
         deadline = time.monotonic() + timeout_s
         self._write_progress({"state": state, "message": message, **({"eta_s": 0.0} if state == "finished" else {})})
-        if self._dashboard:
+        if self._dashboard and state == "failed":
+            self._view("the dashboard", self._dashboard.leave)
+        elif self._dashboard:
             self._view("the dashboard", self._dashboard.close, timeout_s)
         if self._wandb:
             left_s = max(1.0, deadline - time.monotonic())
