@@ -19,6 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ast_dist.data.index import Index
 from ast_dist.errors import UserError, run_command
 from ast_dist.track.history import read
 
@@ -114,10 +115,11 @@ def epochs_of(run_dir: Path) -> int:
 
 def report(gated: Path, full: Path) -> None:
     """Print what the kill cost and the table."""
-    starts = [row for row in read(gated / "sessions.jsonl") if "event" not in row]
-    recoveries = [row["recovery_s"] for row in read(gated / "sessions.jsonl") if row.get("restart", 0) > 0 and "event" in row]
-    repeated = sum(row["steps_repeated"] for row in starts)
-    table = Table(title="digits, 1,437 training and 360 validation images")
+    events = read(gated / "sessions.jsonl")
+    recoveries = [row["recovery_s"] for row in events if "recovery_s" in row]
+    repeated = sum(row.get("steps_repeated", 0) for row in events)
+    sizes = [Index.open(gated.parent / "shards" / split).num_samples for split in ("train", "val")]
+    table = Table(title=f"digits: {sizes[0]:,} training and {sizes[1]:,} validation images, 2 processes")
     for name in ("policy", "top-1 %", "samples skipped", "FLOPs saved", "time"):
         table.add_column(name, justify="left" if name == "policy" else "right")
     for run_dir in (gated, full):
