@@ -334,8 +334,10 @@ def main(argv: Sequence[str]) -> int:
     world = World.start()
     try:
         train_in(config, world, train, val, num_classes, manifests)
-    finally:
-        world.close()
+    except BaseException:
+        world.abandon()
+        raise
+    world.close()
     return 0
 
 
