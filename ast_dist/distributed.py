@@ -118,7 +118,7 @@ class World:
 
     def close(self) -> None:
         """Leave the process group, once all ranks are here."""
-        # Gloo's threads hold on to the last tensors they worked on. Up to torch 2.8 they free them while the group is
+        # Gloo's threads hold on to the last tensors they worked on. Some versions free them while the group is
         # destroyed, which deadlocks where Python owns a tensor (seen with 2.7 in 2 of 3 runs of 4 ranks). Their last
         # work is therefore on a tensor that outlives the group.
         kept = torch.zeros(1, dtype=torch.int64)
