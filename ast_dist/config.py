@@ -328,6 +328,8 @@ def _yaml_to_argv(text: str, source: str) -> list[str]:
         return []
     if not isinstance(tree, dict):
         raise UserError(f"{source}: expected keys like `gate: {{target_rate: 0.3}}`, found a {type(tree).__name__}.")
+    # A run's own config.yaml also states its data's hashes; the rest of it can start another run.
+    tree.pop("manifest", None)
     return list(_flatten(tree, ""))
 
 

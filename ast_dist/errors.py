@@ -24,6 +24,10 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
+    except BrokenPipeError:
+        # `… | head` has read enough. Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         return 130

@@ -17,19 +17,22 @@ def evaluate(
     normalize: Normalize,
     global_batch_size: int,
     autocast: torch.autocast,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], list[str]]:
     """Evaluate on every sample of the split, each on one rank.
 
     model: the bare module (not the DDP wrapper: ranks may have different numbers of batches). All ranks must call.
-    Returns val/acc1 and val/acc5 (percent) and val/loss (mean cross-entropy, nats), the same on every rank; acc5 is
-    counted among min(5, classes). Damaged samples are left out of all three.
+    Returns the scores and the damaged samples, the same on every rank: val/acc1 and val/acc5 (percent), val/loss (mean
+    cross-entropy, nats) and val/samples_damaged; acc5 is counted among min(5, classes). Damaged samples are left out
+    of the first three, and named in the list.
     """
     world.broadcast_buffers(model)
     was_training = model.training
     model.eval()
     correct = torch.zeros(3, dtype=torch.int64, device=world.device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
+    damaged: list[str] = []
     for host_batch in loader.val_batches(global_batch_size):
+        damaged += host_batch.damaged
         batch = host_batch.to(world.device)
         with autocast:
             logits = model(normalize(batch.images))
@@ -42,4 +45,11 @@ def evaluate(
     model.train(was_training)
     top1, top5, count = world.sum(correct).tolist()
     mean_loss = world.sum(loss_sum).item() / max(count, 1)
-    return {"val/acc1": 100.0 * top1 / max(count, 1), "val/acc5": 100.0 * top5 / max(count, 1), "val/loss": mean_loss}
+    all_damaged = sorted(text for texts in world.gather(damaged) for text in texts)
+    scores = {
+        "val/acc1": 100.0 * top1 / max(count, 1),
+        "val/acc5": 100.0 * top5 / max(count, 1),
+        "val/loss": mean_loss,
+        "val/samples_damaged": len(all_damaged),
+    }
+    return scores, all_damaged

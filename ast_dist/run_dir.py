@@ -72,6 +72,7 @@ def check(config: Config, manifests: dict[str, str], restart: int) -> None:
 
 def archive(run_dir: Path) -> Path:
     """Move a run aside, whole, and return where it is now."""
+    run_dir = run_dir.resolve()  # `--run-dir .` has no name of its own
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     target = run_dir.with_name(f"{run_dir.name}.archived-{stamp}")
     number = 1

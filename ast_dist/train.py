@@ -20,6 +20,7 @@ from ast_dist import run_dir as run_folder
 from ast_dist.clock import Clock
 from ast_dist.config import Config, parse
 from ast_dist.counter_rng import STREAM_INIT, hash_key
+from ast_dist.damage import DamageLog
 from ast_dist.data.index import Index
 from ast_dist.data.loader import Batch, Loader
 from ast_dist.data.order import Plan, epoch_order
@@ -74,6 +75,7 @@ class Trainer:
         # Rank 0 alone has one.
         self.tracker: Tracker | None = None
         self.lease: Lease | None = None
+        self.damage = DamageLog(config.data.damaged_limit, train.num_samples, str(train.root), world)
         self.lagged = LaggedRead()
         # Set by what the ranks agreed on, and so the same on all of them.
         self._wants_stop = False
@@ -193,9 +195,7 @@ class Trainer:
         self._count(batch.planned)
         if self.lease:
             self.lease.beat(state.global_step)
-        if self.tracker and batch.damaged:
-            for text in batch.damaged:
-                self.tracker.warn(f"damaged sample left out: {text}")
+        self.damage.note(batch.damaged)
         self._agree(self.lagged.swap(votes))
         self.clock.step_done(batch.planned)
         if self.tracker and self.clock.is_first_step:
@@ -223,21 +223,22 @@ class Trainer:
             return
         self._wants_stop |= votes[VOTE_STOP] > 0
         self._wants_save |= votes[VOTE_SAVE] > 0
-        damaged, ledger = votes[VOTE_DAMAGED], self.ledger
-        ledger.damaged += damaged
-        ledger.forwarded -= damaged
-        ledger.backwarded -= damaged
-        limit, total = self.config.data.damaged_limit, self.state.num_samples
-        if damaged and ledger.damaged > limit * total:
-            raise RuntimeError(
-                f"{ledger.damaged} damaged samples, but data.damaged_limit allows {limit * total:g} ({limit:g} of "
-                f"{total:,}). Check the shards: python -m data_prep.check_shards {self.loader.index.root}"
-            )
+        damaged = votes[VOTE_DAMAGED]
+        self.ledger.damaged += damaged
+        self.ledger.forwarded -= damaged
+        self.ledger.backwarded -= damaged
+        self._tell_damaged(self.damage.agree(damaged))
+
+    def _tell_damaged(self, damaged: list[str]) -> None:
+        if self.tracker:
+            for text in damaged:
+                self.tracker.warn(f"damaged sample left out: {text}")
 
     def _end_epoch(self, plan: Plan) -> None:
         """Share what was remembered, evaluate, report, save."""
         state, loop = self.state, self.config.loop
         self._agree(self.lagged.flush())
+        self.damage.epoch_done()
         self.policy.merge(state.epoch)
         report = {f"gate/{key}": value for key, value in self.policy.report().items()} | self.clock.epoch_trained()
         state.epoch += 1
@@ -246,7 +247,7 @@ class Trainer:
         self.ledger.full_equivalent = state.num_samples * state.epoch
         scores: dict[str, float] = {}
         if state.epoch % loop.eval_every_epochs == 0 or state.epoch == loop.epochs:
-            scores = evaluate(
+            scores, damaged = evaluate(
                 self.step.module,
                 self.val_loader,
                 self.world,
@@ -254,6 +255,7 @@ class Trainer:
                 loop.global_batch_size,
                 self.step.autocast,
             )
+            self._tell_damaged(damaged)
             state.last_acc1 = scores["val/acc1"]
             state.best_acc1 = max(state.last_acc1, state.best_acc1 or 0.0)
         reads = torch.tensor([self.loader.reader.samples_read, self.loader.samples_decoded], device=self.world.device)

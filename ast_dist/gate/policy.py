@@ -135,6 +135,7 @@ class Sundew:
             if is_seen.any():
                 report["score_p50"] = self.threshold.median
         rate = float(keep.mean()) if len(keep) else 0.0
+        report["scores_non_finite"] = float(self.memory.non_finite)
         self._report = {"rate": rate, "rate_target": self.config.target_rate, **report}
         return Plan(order[keep])
 

@@ -1,0 +1,50 @@
+"""Damaged samples: named on one place whichever rank met them, and a limit that stops the run with their list."""
+
+from collections import deque
+
+from ast_dist.distributed import World
+
+_SHOWN = 20
+
+
+class DamageLog:
+    """The damaged samples of one epoch, the same on every rank.
+
+    limit: share of the epoch's samples that may be damaged. num_samples: size of the training set. root: the shards'
+    folder, for the message.
+    """
+
+    def __init__(self, limit: float, num_samples: int, root: str, world: World) -> None:
+        self._allowed = limit * num_samples
+        self._rule = f"data.damaged_limit allows {limit * num_samples:g} ({limit:g} of {num_samples:,})"
+        self._root = root
+        self._world = world
+        self._waiting: deque[list[str]] = deque()
+        self._of_epoch: list[str] = []
+
+    def note(self, damaged: list[str]) -> None:
+        """Note what this rank could not decode in a step; every step must be noted, also with an empty list."""
+        self._waiting.append(damaged)
+
+    def agree(self, count: int) -> list[str]:
+        """Take in the oldest noted step, of which the ranks know that it has `count` damaged samples in all.
+
+        Every rank must call it, with the same count. Returns what was damaged, over all ranks. Raises RuntimeError
+        with the list when the epoch has more than the limit allows.
+        """
+        mine = self._waiting.popleft()
+        if count == 0:
+            return []
+        found = sorted(text for texts in self._world.gather(mine) for text in texts)
+        self._of_epoch += found
+        if len(self._of_epoch) > self._allowed:
+            more = f" … and {len(self._of_epoch) - _SHOWN} more" if len(self._of_epoch) > _SHOWN else ""
+            raise RuntimeError(
+                f"{len(self._of_epoch)} damaged samples in this epoch, but {self._rule}. Check the shards: python -m "
+                f"data_prep.check_shards {self._root}. They are: {'; '.join(self._of_epoch[:_SHOWN])}{more}"
+            )
+        return found
+
+    def epoch_done(self) -> None:
+        """Begin to count anew: a sample that stays damaged is met once an epoch."""
+        self._of_epoch.clear()

@@ -1,0 +1,1 @@
+"""Turn images as people have them into shards with an index, and verify such shards."""

@@ -1,0 +1,202 @@
+"""One image from its source to its shard: judged once, and left as it is unless every reader would not agree on it."""
+
+import contextlib
+import io
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+JPEG_QUALITY = 95
+# Extensions of the formats that torchvision decodes, as they are called in a shard …
+STORED_AS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
+# … and of those it does not, which are stored as PNG, without loss (of an animation, the first picture).
+TO_PNG = {".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff"}
+SUFFIXES = {*STORED_AS, *TO_PNG}
+
+_ORIENTATION_TAG = 0x0112
+# How JPEG, PNG and WebP files start, and what stands before their EXIF data. Looking for it costs less than parsing.
+_EXIF_MARKS = {b"\xff\xd8": b"Exif\0\0", b"\x89P": b"eXIf", b"RI": b"EXIF"}
+
+
+class DamagedImage(Exception):
+    """An image that cannot be decoded; the message says why, in one line."""
+
+
+@dataclass(frozen=True)
+class StoredImage:
+    """An image as it goes into a shard.
+
+    data: encoded bytes. extension: jpg, png or webp. height, width: pixels, as
+    `torchvision.io.decode_image(data, mode="RGB")` gives them. rewritten: what was changed; empty where the bytes
+    are the source's own.
+    """
+
+    data: bytes
+    extension: str
+    height: int
+    width: int
+    rewritten: str = ""
+
+
+def store_image(data: bytes, suffix: str, resize_short: int | None = None, decode: bool = True) -> StoredImage:
+    """Judge one image and decide what is stored.
+
+    data: encoded bytes. suffix: the source file's extension, with dot, lower case. resize_short: pixels to which a
+    longer short side is reduced (Lanczos). decode: decode the image, whole, to see whether that works; otherwise
+    height and width come from its header.
+
+    The bytes stay untouched, with four exceptions. Images whose EXIF data ask for a turn are turned upright and
+    encoded again (JPEG quality 95; PNG stays PNG): some readers follow EXIF, others do not, and a crop box must mean
+    the same for all. Larger images are reduced where `resize_short` says so. Formats that torchvision does not read
+    become PNG, and PNGs with 16 bits a channel are brought to 8, since decoders disagree on their type.
+    Raises DamagedImage.
+    """
+    if not data:
+        raise DamagedImage("empty file")
+    rewritten: list[str] = []
+    if suffix in TO_PNG:
+        data, suffix = _as_png(data), ".png"
+        rewritten.append("as PNG")
+    extension = STORED_AS[suffix]
+    turn = _orientation(data)
+    if not (decode or turn or resize_short or _is_png_of_16_bits(data)):
+        height, width = _size_in_header(data)
+        return StoredImage(data, extension, height, width, " and ".join(rewritten))
+
+    source = pixels = decode_rgb(data)
+    if pixels.dtype != np.uint8:
+        pixels = _to_8_bits(pixels)
+        rewritten.append("with 8 bits")
+    if turn:
+        pixels = _upright(pixels, turn)
+        rewritten.append("turned upright")
+    if resize_short and min(pixels.shape[:2]) > resize_short:
+        pixels = _resized(pixels, resize_short)
+        rewritten.append(f"short side {resize_short} px")
+    if pixels is not source:
+        extension = "png" if extension == "png" else "jpg"
+        data = _encode(pixels, extension)
+    height, width = pixels.shape[:2]
+    return StoredImage(data, extension, height, width, " and ".join(rewritten))
+
+
+def decode_rgb(data: bytes) -> np.ndarray:
+    """Decode an image as training does. Returns (H, W, 3), uint8 (uint16 for PNGs with 16 bits a channel).
+
+    EXIF orientation is not followed. Raises DamagedImage.
+    """
+    import torch
+    from torchvision.io import ImageReadMode, decode_image
+
+    if not data:
+        raise DamagedImage("empty file")
+    try:
+        pixels = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    except (RuntimeError, ValueError) as error:
+        # "decode_jpeg, /build/…/decode_jpeg.cpp:171, Image is incomplete or truncated": only the last part says why.
+        reason = re.sub(r"^.*\.cpp:\d+, ", "", str(error).splitlines()[0])
+        raise DamagedImage(reason.strip()) from None
+    if pixels.ndim != 3:
+        raise DamagedImage(f"{pixels.shape[0]} pictures in one file")
+    return pixels.permute(1, 2, 0).numpy()
+
+
+def _orientation(data: bytes) -> int:
+    """The turn that EXIF data ask for: 2 … 8, or 0 for none."""
+    mark = _EXIF_MARKS.get(data[:2])
+    if mark is None or mark not in data:
+        return 0
+    try:
+        with _quiet():
+            value = _open(data).getexif().get(_ORIENTATION_TAG)
+    except Exception:  # noqa: BLE001 - Pillow's EXIF parser fails in many ways; decoders then ignore EXIF, so do we
+        return 0
+    return value if isinstance(value, int) and 2 <= value <= 8 else 0
+
+
+def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
+    """Undo an EXIF orientation, 2 … 8 (EXIF 2.32, section 4.6.4). pixels: (H, W, 3)."""
+    if orientation >= 5:
+        pixels = pixels.swapaxes(0, 1)
+    # After the exchange of rows and columns, which of the two axes run backwards.
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def _resized(pixels: np.ndarray, short_px: int) -> np.ndarray:
+    from PIL import Image
+
+    height, width = pixels.shape[:2]
+    short = min(height, width)
+    size = (max(1, round(width * short_px / short)), max(1, round(height * short_px / short)))
+    return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.LANCZOS))
+
+
+def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
+    return ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+
+
+def _encode(pixels: np.ndarray, extension: str) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    image = Image.fromarray(np.ascontiguousarray(pixels))
+    if extension == "png":
+        image.save(buffer, "PNG")
+    else:
+        image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return buffer.getvalue()
+
+
+def _as_png(data: bytes) -> bytes:
+    buffer = io.BytesIO()
+    try:
+        with _quiet():
+            _open(data).save(buffer, "PNG")
+    except Exception as error:  # noqa: BLE001 - what Pillow raises for a broken file depends on its format
+        raise DamagedImage(_first_line(error)) from None
+    return buffer.getvalue()
+
+
+def _size_in_header(data: bytes) -> tuple[int, int]:
+    try:
+        with _quiet():
+            width, height = _open(data).size
+    except Exception as error:  # noqa: BLE001 - as above
+        raise DamagedImage(_first_line(error)) from None
+    return height, width
+
+
+def _open(data: bytes) -> "Image.Image":
+    from PIL import Image
+
+    Image.MAX_IMAGE_PIXELS = None  # these are the person's own files, however large
+    return Image.open(io.BytesIO(data))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Pillow warns of odd metadata without naming the file."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _is_png_of_16_bits(data: bytes) -> bool:
+    return data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10"
+
+
+def _first_line(error: Exception) -> str:
+    # "cannot identify image file <_io.BytesIO object at 0x7f…>": the address would differ from run to run.
+    text = re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error))
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,139 @@
+"""A folder with one folder of images per class, as torchvision's ImageFolder reads it."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ast_dist.errors import UserError
+from data_prep.image import SUFFIXES
+from data_prep.sources.listing import Listing
+
+# What people call the folder of a split. The split's own name wins; the others count when they are alone.
+SPLIT_FOLDERS = {"train": ["train", "training"], "val": ["val", "validation", "valid", "test"]}
+
+
+@dataclass(frozen=True)
+class ReadFile:
+    """Reads files below a folder."""
+
+    root: str
+
+    def __call__(self, name: str) -> bytes:
+        return Path(self.root, name).read_bytes()
+
+
+def list_samples(src: str, split: str) -> Listing:
+    """List `src/CLASS/**/IMAGE`, or `src/SPLIT/CLASS/**/IMAGE` where `src` holds a folder for the split.
+
+    Class numbers follow the sorted names, as in torchvision. Hidden files and folders are passed over, and so are
+    files without an image's extension; links are followed.
+    Raises UserError when there is no folder, class or image, when a class is empty, and when it is not clear which
+    folder holds the split.
+    """
+    root = _split_folder(Path(src), split)
+    classes = _subfolders(root)
+    names: list[str] = []
+    labels: list[int] = []
+    sizes: list[int] = []
+    stamps: list[int] = []
+    other: Counter[str] = Counter()
+    empty: list[str] = []
+    for label, name in enumerate(classes):
+        before = len(names)
+        for entry in _files_below(root / name):
+            suffix = Path(entry.name).suffix.lower()
+            if suffix not in SUFFIXES:
+                other[suffix or entry.name] += 1
+                continue
+            stat = entry.stat()
+            names.append(os.path.relpath(entry.path, root))
+            labels.append(label)
+            sizes.append(stat.st_size)
+            stamps.append(stat.st_mtime_ns)
+        if len(names) == before:
+            empty.append(name)
+    if not names:
+        raise UserError(_no_images(root, classes, other))
+    if empty:
+        raise UserError(
+            f"{root / empty[0]}: no image in this class folder ({len(empty)} of {len(classes)} classes are empty). "
+            "Add images or remove the folder."
+        )
+    return Listing(
+        format="imagefolder",
+        classes=classes,
+        names=names,
+        labels=np.asarray(labels, np.int32),
+        sizes=np.asarray(sizes, np.int64),
+        stamps=np.asarray(stamps, np.int64),
+        read=ReadFile(str(root)),
+        passed_over=dict(other),
+    )
+
+
+def _split_folder(src: Path, split: str) -> Path:
+    """The folder whose subfolders are the classes of `split`."""
+    if not src.exists():
+        raise UserError(f"{src}: no such folder. Name a folder with one folder of images per class.")
+    if not src.is_dir():
+        raise UserError(f"{src}: a file, but SRC must be a folder with one folder of images per class.")
+    known = {folder for folders in SPLIT_FOLDERS.values() for folder in folders}
+    # A class may be called "test", too: a split's folder holds folders, a class's holds images.
+    found = [folder for folder in _subfolders(src) if folder in known and _subfolders(src / folder)]
+    if not found:
+        return src
+    matching = [folder for folder in SPLIT_FOLDERS[split] if folder in found]
+    if split in matching or len(matching) == 1:
+        return src / (split if split in matching else matching[0])
+    if matching:
+        raise UserError(
+            f"{src}: {' and '.join(f'{name}/' for name in matching)} could both be the split {split}. "
+            f"Name one: {src / matching[0]}"
+        )
+    raise UserError(
+        f"{src}: there is {' and '.join(f'{name}/' for name in found)}, but no folder for the split {split} "
+        f"({', '.join(SPLIT_FOLDERS[split])}). Name the folder that holds its class folders as SRC."
+    )
+
+
+def _subfolders(root: Path) -> list[str]:
+    try:
+        with os.scandir(root) as entries:
+            return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
+    except OSError as error:
+        raise UserError(f"{root}: cannot be listed ({error.strerror}).") from None
+
+
+def _files_below(folder: Path, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator["os.DirEntry[str]"]:
+    """Regular files at any depth, sorted by name folder by folder. A link back to a folder above is not followed."""
+    stat = folder.stat()
+    here = (stat.st_dev, stat.st_ino)
+    if here in above:
+        return
+    try:
+        with os.scandir(folder) as listing:
+            entries = sorted((e for e in listing if not e.name.startswith(".")), key=lambda e: e.name)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed ({error.strerror}).") from None
+    for entry in entries:
+        if entry.is_dir():
+            yield from _files_below(Path(entry.path), above | {here})
+        elif entry.is_file():
+            yield entry
+
+
+def _no_images(root: Path, classes: list[str], other: Counter[str]) -> str:
+    if classes:
+        found = ", ".join(f"{count:,} × {suffix}" for suffix, count in other.most_common(3))
+        return (
+            f"{root}: {len(classes)} class folders, but no image in them{f' (found {found})' if found else ''}. "
+            f"Images end in {', '.join(sorted(SUFFIXES))}."
+        )
+    loose = sum(path.suffix.lower() in SUFFIXES for path in root.iterdir())
+    if loose:
+        return f"{root}: {loose:,} images, but no class folders. Put each class's images into a folder of its name."
+    return f"{root}: empty. Name a folder with one folder of images per class."
