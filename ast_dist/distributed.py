@@ -129,7 +129,7 @@ class World:
     def abandon(self) -> None:
         """Leave without the others, after an error: they see the connection close when this process ends."""
         if self.size == 1:
-            dist.destroy_process_group()
+            self.close()
 
 
 def _join(backend: str, restart: int) -> None:
