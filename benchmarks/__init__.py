@@ -1,0 +1,1 @@
+"""Measurements: one module per published figure, results as JSON, and the tables that README shows of them."""

@@ -1,0 +1,88 @@
+"""How long a checkpoint holds up training: from the step's end to the committed folder, fsynced and hashed."""
+
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+from ast_dist.config import GateConfig
+from ast_dist.data.order import epoch_order
+from ast_dist.distributed import World
+from ast_dist.fault.checkpoint import Checkpoints
+from ast_dist.fault.state import TrainState
+from ast_dist.gate.policy import make_policy
+from benchmarks.timing import synchronize
+from benchmarks.training_step import Workload, make_step, random_batches
+
+_LR = 0.01
+
+
+class _TimedCheckpoints(Checkpoints):
+    """Checkpoints that note how long their two long parts took."""
+
+    write_s = commit_s = 0.0
+
+    def _write(self, *arguments: Any) -> BaseException | None:
+        began = time.perf_counter()
+        try:
+            return super()._write(*arguments)
+        finally:
+            self.write_s = time.perf_counter() - began
+
+    def _commit(self, *arguments: Any) -> None:
+        began = time.perf_counter()
+        try:
+            super()._commit(*arguments)
+        finally:
+            self.commit_s = time.perf_counter() - began
+
+
+def checkpoint_stall(
+    world: World, workload: Workload, folder: Path, batch_size: int, *, observed_steps: int, saves: int
+) -> dict[str, Any]:
+    """Save a trained state several times. Returns a row of medians.
+
+    The state is what a run in mid-epoch holds: the model, SGD's momentum, the gate's memory of all samples, the plan.
+    merge_ms: sharing the gate's observations of `observed_steps` steps. write_ms: from device and host into files.
+    commit_ms: fsync, SHA-256 and rename. stall_ms: all of it and what lies between.
+    """
+    step = make_step(world, workload, batch_size)
+    policy = make_policy(GateConfig(warmup_epochs=0, anneal_share=0.0), workload.num_samples, epochs=10, seed=0)
+    state = TrainState(step.module, step.optimizer, step.scaler, policy, workload.num_samples, seed=0)
+    state.plan = policy.plan(0, epoch_order(workload.num_samples, 0, 0))
+    batches = random_batches(workload, batch_size, world.device)
+    checkpoints = _TimedCheckpoints(folder, world, keep_last=2)
+    times: dict[str, list[float]] = {"stall_ms": [], "merge_ms": [], "write_ms": [], "commit_ms": []}
+    size_bytes = 0
+    # The first save makes buffers and pages that the next ones find.
+    for save in range(saves + 1):
+        scores, _ = step(batches[save % len(batches)], _LR)
+        for _ in range(observed_steps):
+            policy.observe(batches[save % len(batches)].ids, scores)
+        state.global_step += 1
+        state.step_in_epoch += 1
+        synchronize(world.device)
+        began = time.perf_counter()
+        policy.merge(0)
+        merged = time.perf_counter()
+        path = checkpoints.save(state)
+        ended = time.perf_counter()
+        if path is None:
+            raise RuntimeError("the disk refused a checkpoint")
+        size_bytes = sum(file.stat().st_size for file in path.iterdir())
+        if save:
+            times["stall_ms"].append(ended - began)
+            times["merge_ms"].append(merged - began)
+            times["write_ms"].append(checkpoints.write_s)
+            times["commit_ms"].append(checkpoints.commit_s)
+    parameters = sum(parameter.numel() for parameter in step.module.parameters())
+    return {
+        "model": workload.model,
+        "parameters": parameters,
+        "optimizer": "sgd",
+        "samples": workload.num_samples,
+        **{key: 1000.0 * statistics.median(seconds) for key, seconds in times.items()},
+        "stall_max_ms": 1000.0 * max(times["stall_ms"]),
+        "checkpoint_mb": size_bytes / 1e6,
+        "saves": saves,
+    }
