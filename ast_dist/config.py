@@ -60,7 +60,7 @@ class DataConfig:
     prefetch_batches: int = 4
     """Batches read and decoded ahead of the step."""
     damaged_limit: float = 0.0001
-    """Share of an epoch's samples that may fail to decode before the run stops with their list."""
+    """Share of an epoch's samples (and at least one) that may fail to decode before the run stops with their list."""
 
     def __post_init__(self) -> None:
         _require(self.image_size >= 1, f"data.image_size is {self.image_size}, but must be at least 1 pixel.")
@@ -105,7 +105,7 @@ class OptimConfig:
     weight_decay: float = 5e-5
     """Weight decay of weights with two or more dimensions; norms and biases have none."""
     warmup_epochs: float = 1.0
-    """Epochs over which the learning rate rises linearly from 0."""
+    """Epochs over which the learning rate rises linearly; at most 30 % of the run."""
     schedule: Literal["cosine", "linear"] = "cosine"
     """How the learning rate falls to 0 after the warm-up, as a function of data passes."""
     label_smoothing: float = 0.0

@@ -10,13 +10,13 @@ _SHOWN = 20
 class DamageLog:
     """The damaged samples of one epoch, the same on every rank.
 
-    limit: share of the epoch's samples that may be damaged. num_samples: size of the training set. root: the shards'
-    folder, for the message.
+    limit: share of the samples that may be damaged in an epoch; one may be in any case. num_samples: size of the
+    training set. root: the shards' folder, for the message.
     """
 
     def __init__(self, limit: float, num_samples: int, root: str, world: World) -> None:
-        self._allowed = limit * num_samples
-        self._rule = f"data.damaged_limit allows {limit * num_samples:g} ({limit:g} of {num_samples:,})"
+        self._allowed = max(1, int(limit * num_samples))
+        self._rule = f"data.damaged_limit allows {self._allowed:,} ({limit:g} of {num_samples:,})"
         self._root = root
         self._world = world
         self._waiting: deque[list[str]] = deque()

@@ -1,9 +1,10 @@
 """The world: which rank this is, on which device, and the few collectives that training uses."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from ast_dist.errors import UserError
 
 _TIMEOUT = timedelta(minutes=10)
 _GLOO_THREADS = 4
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,25 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
+
+    def on_main(self, action: Callable[[], _Result]) -> _Result | None:
+        """Run `action` on rank 0 and return its result there, None elsewhere. All ranks must call.
+
+        When it raises, every rank raises: rank 0 its own error, the others a UserError with the same words, or a
+        RuntimeError that quotes it. Without that they would wait for a rank that is gone.
+        """
+        result = None
+        if self.is_main:
+            try:
+                result = action()
+            except BaseException as error:
+                self.broadcast((isinstance(error, UserError), f"{error}" or type(error).__name__))
+                raise
+        told = self.broadcast(None)
+        if told is not None:
+            is_users, text = told
+            raise UserError(text) if is_users else RuntimeError(f"rank 0: {text}")
+        return result
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value of a picklable object, in order of rank, on every rank."""

@@ -1,5 +1,6 @@
 """The one exception a person can mend, and how a command ends on it."""
 
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -18,6 +19,9 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
 
     Under torchrun only local rank 0 prints, since every rank finds the same fault in the same input.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # an ASCII terminal gets a question mark, not a traceback
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:

@@ -11,6 +11,8 @@ from ast_dist.config import DataConfig, ModelConfig, OptimConfig
 from ast_dist.errors import UserError
 
 _GROUPS = 8
+# A trial run of one or two epochs would otherwise end at the peak of the learning rate.
+_LONGEST_WARMUP = 0.3
 
 
 def build_model(config: ModelConfig, num_classes: int) -> nn.Module:
@@ -107,8 +109,8 @@ def lr_at(progress: float, epochs: int, config: OptimConfig) -> float:
     progress: data passes done over all data passes, 0 … 1. A gated epoch is one pass, so a run that skips samples
     goes through the same schedule as one that does not.
     """
-    warmup = min(config.warmup_epochs / epochs, 1.0)
+    warmup = min(config.warmup_epochs / epochs, _LONGEST_WARMUP)
     if progress < warmup:
         return config.lr * progress / warmup
-    done = (progress - warmup) / (1.0 - warmup) if warmup < 1.0 else 1.0
+    done = (progress - warmup) / (1.0 - warmup)
     return config.lr * (0.5 * (1.0 + math.cos(math.pi * done)) if config.schedule == "cosine" else 1.0 - done)

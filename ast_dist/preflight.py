@@ -3,6 +3,7 @@
 import torch
 
 from ast_dist.config import Config
+from ast_dist.data.cache import make_cache
 from ast_dist.data.index import Index
 from ast_dist.errors import UserError
 from ast_dist.gate.policy import make_policy
@@ -32,6 +33,7 @@ def check_data(config: Config, train: Index, val: Index, world_size: int) -> int
                 f"--data.{name} {index.root}: sample {index.key(worst)} has label {label}, but the model has "
                 f"{num_classes} classes (0 … {num_classes - 1}). Set --model.num-classes {index.num_classes} or 0."
             )
+        make_cache(index, config.data)  # raises where the set does not fit; memory is reserved, not taken
     if train.manifest["classes"] != val.manifest["classes"]:
         pairs = zip(train.manifest["classes"], val.manifest["classes"], strict=False)
         first = next((f"{a} and {b}" for a, b in pairs if a != b), "their numbers")
@@ -39,6 +41,8 @@ def check_data(config: Config, train: Index, val: Index, world_size: int) -> int
             f"--data.train has {train.num_classes} classes and --data.val {val.num_classes}, and they differ first in "
             f"{first}: the same label would mean different things. Convert both from one source."
         )
+    if config.loop.precision == "fp16" and not torch.cuda.is_available():
+        raise UserError("loop.precision is fp16, which is for GPUs, and torch sees none. Use bf16 or fp32.")
     _check_model(config, num_classes)
     return num_classes
 

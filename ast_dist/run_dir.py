@@ -3,7 +3,9 @@
 import json
 import os
 import platform
+import socket
 import sys
+import uuid
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +16,7 @@ import yaml
 from ast_dist.config import Config, differences, to_dict
 from ast_dist.errors import UserError
 from ast_dist.fault.commit import committed
+from ast_dist.fault.lease import Lease, previous_launch
 
 CONFIG_NAME = "config.yaml"
 _PACKAGES = ("ast-dist", "torch", "torchvision", "numpy", "webdataset", "wandb", "nvidia-dali-cuda130")
@@ -32,13 +35,36 @@ def fingerprint(config: Config, manifests: dict[str, str]) -> dict[str, Any]:
     return {**to_dict(config), "manifest": manifests}
 
 
-def check(config: Config, manifests: dict[str, str], restart: int) -> None:
+def launch_id() -> str:
+    """Who launched these processes: the same for all restarts by one torchrun, another for each start by a person.
+
+    torchrun's count of restarts does not tell: a worker group that died before it took the run directory, or that
+    was restarted because hosts came or went, has a count that says nothing about the directory.
+    """
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" not in env:
+        return uuid.uuid4().hex  # nobody restarts it: each start is a person's
+    if env.get("GROUP_WORLD_SIZE", "1") == "1":
+        return f"{socket.gethostname()} {os.getppid()} {_started_at(os.getppid())}"
+    return f"torchrun {env['TORCHELASTIC_RUN_ID']}"
+
+
+def _started_at(pid: int) -> str:
+    """When a process started, in clock ticks since boot: process numbers are used again."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except OSError:
+        return "?"
+
+
+def check(config: Config, manifests: dict[str, str]) -> None:
     """Judge whether the run may start or go on in its directory. Changes nothing.
 
-    restart: how often torchrun has restarted this job: a restarted worker goes on whatever --resume says.
+    A restart by the launcher that already took the directory goes on, whatever --resume says.
     Raises UserError when the directory holds something else, another configuration, or nothing to resume from.
     """
     run_dir = Path(config.run_dir)
+    is_restart = previous_launch(run_dir) == launch_id()
     config_path = run_dir / CONFIG_NAME
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"--run-dir {run_dir}: this is a file. Name a folder.")
@@ -49,12 +75,12 @@ def check(config: Config, manifests: dict[str, str], restart: int) -> None:
                 f"--run-dir {run_dir}: holds {len(others)} other files or folders ({', '.join(others[:3])} …) and no "
                 f"{CONFIG_NAME}. Name a new or an empty folder."
             )
-        if config.resume == "must" and restart == 0:
+        if config.resume == "must" and not is_restart:
             raise UserError(f"--resume must: {run_dir} holds no run. Check --run-dir, or use --resume auto.")
         return
-    if config.resume == "never" and restart == 0:
+    if config.resume == "never" and not is_restart:
         return
-    if config.resume == "must" and restart == 0 and not committed(checkpoints_path(run_dir)):
+    if config.resume == "must" and not is_restart and not committed(checkpoints_path(run_dir)):
         raise UserError(f"--resume must: {run_dir} holds no checkpoint. Use --resume auto to start from the beginning.")
     try:
         old = yaml.safe_load(config_path.read_text(encoding="utf-8"))
@@ -70,9 +96,30 @@ def check(config: Config, manifests: dict[str, str], restart: int) -> None:
         )
 
 
+def take(config: Config, manifests: dict[str, str]) -> Lease:
+    """Become the owner of the run directory, moving an old run aside where asked to, and describe this start there.
+
+    Raises UserError when another process owns it, or when it cannot be written.
+    """
+    run_dir = Path(config.run_dir).resolve()  # a link stays, and `--run-dir .` gets a name
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        is_restart = previous_launch(run_dir) == launch_id()
+        lease = Lease(run_dir, launch_id())
+        if config.resume == "never" and not is_restart and (run_dir / CONFIG_NAME).is_file():
+            aside = archive(run_dir)
+            print(f"the run that stood in {run_dir} is now in {aside}", flush=True)
+            lease.release()
+            run_dir.mkdir()
+            lease = Lease(run_dir, launch_id())
+        describe(config, manifests)
+    except OSError as error:
+        raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}). Name another folder.") from None
+    return lease
+
+
 def archive(run_dir: Path) -> Path:
     """Move a run aside, whole, and return where it is now."""
-    run_dir = run_dir.resolve()  # `--run-dir .` has no name of its own
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
     target = run_dir.with_name(f"{run_dir.name}.archived-{stamp}")
     number = 1

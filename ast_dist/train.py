@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -25,10 +25,10 @@ from ast_dist.data.index import Index
 from ast_dist.data.loader import Batch, Loader
 from ast_dist.data.order import Plan, epoch_order
 from ast_dist.distributed import LaggedRead, World
-from ast_dist.errors import UserError, run_command
+from ast_dist.errors import run_command
 from ast_dist.evaluate import evaluate
-from ast_dist.fault.checkpoint import Checkpoints
-from ast_dist.fault.guard import Guard
+from ast_dist.fault.checkpoint import Checkpoints, checkpoint_name
+from ast_dist.fault.guard import Guard, die_with_parent
 from ast_dist.fault.lease import Lease
 from ast_dist.fault.state import TrainState
 from ast_dist.gate.cost import Ledger
@@ -108,10 +108,7 @@ class Trainer:
         return sum(parameter.numel() for parameter in self.step.module.parameters())
 
     def open_tracker(self, run_dir: Path, lease: Lease, checkpoint: str | None) -> None:
-        """Begin this session's reports; rank 0 calls it once the state is the one to go on from.
-
-        Raises UserError when metrics.jsonl does not belong to the checkpoint.
-        """
+        """Begin this session's reports; rank 0 calls it once the state is the one to go on from."""
         config, state, world = self.config, self.state, self.world
         self.lease = lease
         self.tracker = Tracker(run_dir, config, world.size, world.restart)
@@ -143,15 +140,20 @@ class Trainer:
         self.ledger = Ledger(**self.state.counts)
         return checkpoint.name
 
-    def save(self) -> None:
-        """Commit a checkpoint; all ranks must call."""
+    @property
+    def is_saved(self) -> bool:
+        """Whether the newest checkpoint is of the present step: a disk may have refused it."""
+        return self.checkpoints.newest == checkpoint_name(self.state.global_step)
+
+    def save(self, val_acc1: float | None = None) -> None:
+        """Commit a checkpoint; all ranks must call. val_acc1: percent, where exactly this state was evaluated."""
         began = time.monotonic()
         self._agree(self.lagged.flush())
         self.policy.merge(self.state.epoch)
         self.state.counts = self.ledger.to_dict()
         if self.tracker:
             self.state.session = {"total_s": self.tracker.total_s, "history_bytes": self.tracker.history_bytes}
-        self.checkpoints.save(self.state)
+        self.checkpoints.save(self.state, val_acc1)
         self._wants_save = False
         self.clock.saved(time.monotonic() - began)
         self.report_progress()
@@ -183,7 +185,8 @@ class Trainer:
         """One step, and its reports."""
         state, config = self.state, self.config
         batch = host_batch.to(self.world.device)
-        progress = (state.epoch + state.step_in_epoch / num_steps) / config.loop.epochs
+        # The middle of the step: neither the first nor the last step of a run has a learning rate of 0.
+        progress = (state.epoch + (state.step_in_epoch + 0.5) / num_steps) / config.loop.epochs
         lr = lr_at(progress, config.loop.epochs, config.optim)
         every_s = config.checkpoint.every_s
         save_due = self.world.is_main and every_s > 0 and self.clock.since_save_s() >= every_s
@@ -277,7 +280,7 @@ class Trainer:
                     "progress/eta_h": self._eta_s() / 3600,
                 }
             )
-        self.save()
+        self.save(scores.get("val/acc1"))
 
     def _report_step(self, lr: float, num_steps: int) -> None:
         loss, acc1 = self.step.meters.read(self.world)
@@ -318,13 +321,14 @@ class Trainer:
 
 def main(argv: Sequence[str]) -> int:
     """The command. Returns the exit code; raises UserError for what the user can mend."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()
     config = parse(argv)
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
     train, val = Index.open(config.data.train), Index.open(config.data.val)
-    restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     num_classes = check_data(config, train, val, int(os.environ.get("WORLD_SIZE", "1")))
     manifests = {"train": train.hash, "val": val.hash}
-    run_folder.check(config, manifests, restart)
+    run_folder.check(config, manifests)
     if config.dry_run:
         build_model(config.model, num_classes)
         print_dry_run(config, train, val)
@@ -349,20 +353,24 @@ def train_in(
     """Take the run directory, resume, train, and leave a clean end."""
     run_dir = Path(config.run_dir)
     with ExitStack() as stack:
-        lease = _on_main(world, lambda: _take(config, world.restart, manifests))
+        lease = world.on_main(lambda: run_folder.take(config, manifests))
         if lease:
             stack.callback(lease.release)
         trainer = Trainer(config, world, train, val, num_classes)
         stack.callback(trainer.close)
         checkpoint = trainer.resume()
-        _on_main(world, lambda: trainer.open_tracker(run_dir, lease, checkpoint))
+        world.on_main(lambda: trainer.open_tracker(run_dir, lease, checkpoint) if lease else None)
         outcome: Literal["finished", "paused", "failed"] = "failed"
         message = ""
         try:
             trainer.report_progress()
-            outcome = trainer.run()
-            if outcome == "paused":
-                message = f"{trainer.guard.reason or 'a peer asked to stop'}: saved, nothing lost"
+            ended = trainer.run()
+            if ended == "paused":
+                kept = "saved, nothing lost" if trainer.is_saved else "NOT saved, see the warnings"
+                message = f"{trainer.guard.reason or 'a peer asked to stop'}: {kept}"
+            while ended == "finished" and not trainer.is_saved:
+                trainer.save()  # raises when the disk has refused three times in a row
+            outcome = ended
         except BaseException as error:
             message = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             raise
@@ -371,38 +379,6 @@ def train_in(
             if trainer.tracker:
                 # Somebody who asked to stop is waiting: the last picture is not worth the grace.
                 trainer.tracker.close(outcome, message, timeout_s=30.0 if outcome == "finished" else 5.0)
-
-
-def _on_main(world: World, action: Any) -> Any:
-    """Run `action` on rank 0; when it raises UserError there, every rank raises it."""
-    result, failure = None, None
-    if world.is_main:
-        try:
-            result = action()
-        except UserError as error:
-            failure = str(error)
-    failure = world.broadcast(failure)
-    if failure is not None:
-        raise UserError(failure)
-    return result
-
-
-def _take(config: Config, restart: int, manifests: dict[str, str]) -> Lease:
-    """Become the owner of the run directory, moving an old run aside where asked to."""
-    run_dir = Path(config.run_dir)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        lease = Lease(run_dir)
-    except OSError as error:
-        raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}). Name another folder.") from None
-    if config.resume == "never" and restart == 0 and (run_dir / run_folder.CONFIG_NAME).is_file():
-        aside = run_folder.archive(run_dir)
-        print(f"the run that stood in {run_dir} is now in {aside}", flush=True)
-        lease.release()
-        run_dir.mkdir()
-        lease = Lease(run_dir)
-    run_folder.describe(config, manifests)
-    return lease
 
 
 if __name__ == "__main__":

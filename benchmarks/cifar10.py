@@ -124,7 +124,8 @@ def _torchrun(processes: int, module: str, *arguments: str) -> None:
 
 
 def _add(result: ResultFile, row: dict[str, Any]) -> None:
-    result.add(row)
+    # More than the processes measured here means that others were at work, too.
+    result.add({**row, "load_1min": os.getloadavg()[0]})
     print("  ".join(f"{key}={value}" for key, value in result.rows[-1].items()), flush=True)
 
 

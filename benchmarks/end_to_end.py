@@ -1,8 +1,9 @@
 """Training from shards: images/s with reading and decoding, and what the loader gives with nobody to train."""
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import numpy as np
@@ -26,16 +27,21 @@ def end_to_end(world: World, workload: Workload, index: Index, batch_size: int, 
 
     The few images are read over and over, each time from the file and decoded anew (no cache): reading comes from
     the page cache, so the figure stands for a set that fits in memory or a disk that keeps up.
-    decode_images_per_s: the loader alone. data_wait: share of the time that the loop waits for the loader.
+    data_wait: share of the time that the loop waits for the loader. decode_images_per_s: the loader alone;
+    decode_1_images_per_s: the same while torch may not split one image's work over further threads.
     """
     config = DataConfig(train=str(index.root), val=str(index.root), image_size=workload.image_px, cache="none")
     workload = dataclasses.replace(workload, num_samples=index.num_samples)
-    loader = Loader(index, config, world.rank, world.size, world.local_size)
-    try:
+    with _opened(index, config, world) as loader:
+        threads = loader.threads
         decode_rate = _decode_rate(loader, batch_size, target_s / 2)
         trained = _train(world, workload, loader, batch_size, target_s)
-    finally:
-        loader.close()
+    intra_op_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    # Threads that have computed before keep their setting, so this takes a loader with new ones.
+    with _opened(index, config, world) as loader:
+        decode_rate_1 = _decode_rate(loader, batch_size, target_s / 2)
+    torch.set_num_threads(intra_op_threads)
     return {
         "model": workload.model,
         "image_px": workload.image_px,
@@ -43,11 +49,22 @@ def end_to_end(world: World, workload: Workload, index: Index, batch_size: int, 
         "precision": "bf16",
         **trained,
         "decode_images_per_s": decode_rate,
+        "decode_1_images_per_s": decode_rate_1,
         "decoder": "torch",
-        "threads": loader.threads,
+        "threads": threads,
+        "intra_op_threads": intra_op_threads,
         "jpeg_kb": float(index.size.mean()) / 1000.0,
         "jpeg_px": f"{int(index.width[0])}×{int(index.height[0])}",
     }
+
+
+@contextlib.contextmanager
+def _opened(index: Index, config: DataConfig, world: World) -> Iterator[Loader]:
+    loader = Loader(index, config, world.rank, world.size, world.local_size)
+    try:
+        yield loader
+    finally:
+        loader.close()
 
 
 def endless_batches(loader: Loader, batch_size: int) -> Generator[Batch, None, None]:

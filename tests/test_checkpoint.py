@@ -165,8 +165,8 @@ def test_a_disk_that_refuses_warns_twice_and_stops_at_the_third_time(world: Worl
 def test_the_best_checkpoint_outlives_the_newest(world: World, tmp_path: Path) -> None:
     checkpoints, state = Checkpoints(tmp_path, world, keep_last=2), fresh_state()
     for epoch, acc1 in enumerate([50.0, 90.0, 70.0, 60.0, 65.0], start=1):
-        state.epoch, state.global_step, state.last_acc1 = epoch, epoch, acc1
-        checkpoints.save(state)
+        state.epoch, state.global_step = epoch, epoch
+        checkpoints.save(state, val_acc1=acc1)
     kept = [path.name for path in commit.committed(tmp_path)]
     assert kept == ["step-00000002", "step-00000004", "step-00000005"]
 

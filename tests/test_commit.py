@@ -80,6 +80,26 @@ def test_a_stage_is_never_taken_for_a_checkpoint(tmp_path: Path) -> None:
     assert commit.committed(tmp_path) == []
 
 
+def test_a_crash_while_pruning_leaves_no_half_under_a_checkpoints_name(tmp_path: Path) -> None:
+    for step in range(3):
+        save(tmp_path, step)
+    folder = tmp_path / ".pruned-step-00000000"
+    (tmp_path / "step-00000000").rename(folder)
+    (folder / "a.bin").unlink()
+    assert [commit.verify(path)["step"] for path in commit.committed(tmp_path)] == [1, 2]
+    save(tmp_path, 3)
+    assert not folder.exists()
+
+
+def test_the_best_is_found_although_a_manifest_cannot_be_read(tmp_path: Path) -> None:
+    for step, acc1 in ((1, 50.0), (2, 90.0), (3, 90.0), (4, 70.0)):
+        stage = commit.new_stage(tmp_path, f"step-{step:08d}")
+        commit.commit(stage, tmp_path / f"step-{step:08d}", {"step": step, "val_acc1": acc1})
+    (tmp_path / "step-00000001/manifest.json").write_text("{")
+    (tmp_path / "step-00000004/manifest.json").unlink()
+    assert commit.best(tmp_path) == "step-00000003"
+
+
 def test_prune_keeps_the_newest_and_the_named(tmp_path: Path) -> None:
     for step in range(6):
         save(tmp_path, step)

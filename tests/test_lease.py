@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ast_dist.errors import UserError
-from ast_dist.fault.lease import LEASE_NAME, Lease
+from ast_dist.fault.lease import LEASE_NAME, Lease, previous_launch
 from tests.launching import finish, start
 
 
@@ -46,7 +46,9 @@ def test_the_heartbeat_outlives_its_owner(tmp_path: Path) -> None:
 
 
 def test_a_new_lease_has_no_previous_heartbeat_and_names_its_owner(tmp_path: Path) -> None:
-    lease = Lease(tmp_path)
+    assert previous_launch(tmp_path) is None
+    lease = Lease(tmp_path, "launch 7")
     assert lease.previous_beat is None
+    assert previous_launch(tmp_path) == "launch 7"
     assert json.loads((tmp_path / LEASE_NAME).read_bytes()[16:])["pid"] == os.getpid()
     lease.release()

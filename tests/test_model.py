@@ -39,10 +39,11 @@ class TestLearningRate:
         assert lr_at(0.0, 20, OptimConfig(lr=0.4, warmup_epochs=0)) == 0.4
 
     @pytest.mark.parametrize("warmup_epochs", [5, 8])
-    def test_a_run_that_is_all_warm_up_only_rises(self, warmup_epochs):
+    def test_a_warm_up_longer_than_the_run_takes_its_first_30_percent(self, warmup_epochs):
         config = OptimConfig(lr=0.4, warmup_epochs=warmup_epochs)
-        assert lr_at(0.5, 5, config) == pytest.approx(0.2)
-        assert lr_at(0.999, 5, config) == pytest.approx(0.4, rel=0.01)
+        assert lr_at(0.15, 5, config) == pytest.approx(0.2)
+        assert lr_at(0.3, 5, config) == pytest.approx(0.4)
+        assert lr_at(0.999, 5, config) < 0.001
 
 
 class TestOptimizer:

@@ -9,6 +9,7 @@ import yaml
 from ast_dist import run_dir
 from ast_dist.config import Config, DataConfig, GateConfig, LoopConfig, ModelConfig
 from ast_dist.errors import UserError
+from ast_dist.fault.lease import Lease
 from ast_dist.preflight import check_data, print_dry_run
 from tests.shards import restate, squares, write_split
 
@@ -113,47 +114,52 @@ class TestRunDirectory:
         return tmp_path / "run"
 
     def test_a_new_or_empty_directory_and_the_runs_own_pass(self, config, tmp_path):
-        run_dir.check(config, MANIFESTS, 0)
+        run_dir.check(config, MANIFESTS)
         (tmp_path / "run").mkdir()
-        run_dir.check(config, MANIFESTS, 0)
+        run_dir.check(config, MANIFESTS)
         run_dir.describe(config, MANIFESTS)
-        run_dir.check(config, MANIFESTS, 0)
+        run_dir.check(config, MANIFESTS)
 
     def test_another_configuration_is_refused_with_each_difference(self, config, started):
         changed = replace(config, seed=5, gate=replace(config.gate, target_rate=0.3))
-        message = complaint(run_dir.check, changed, {**MANIFESTS, "train": "c" * 64}, 0)
+        message = complaint(run_dir.check, changed, {**MANIFESTS, "train": "c" * 64})
         assert "gate.target_rate: 0.4 → 0.3" in message and "seed: 0 → 5" in message
         assert f"manifest.train: {'a' * 64} → {'c' * 64}" in message
 
-    def test_a_restarted_worker_goes_on_whatever_resume_says(self, config, started):
+    def test_a_restarted_worker_goes_on_whatever_resume_says(self, config, started, monkeypatch):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+        Lease(started, run_dir.launch_id()).release()
         for resume in ("auto", "must", "never"):
-            run_dir.check(replace(config, resume=resume), MANIFESTS, 1)
-        complaint(run_dir.check, replace(config, resume="never", seed=5), MANIFESTS, 1)
+            run_dir.check(replace(config, resume=resume), MANIFESTS)
+        complaint(run_dir.check, replace(config, resume="never", seed=5), MANIFESTS)
+
+    def test_each_start_without_a_launcher_is_a_new_one(self):
+        assert run_dir.launch_id() != run_dir.launch_id()
 
     def test_never_starts_anew_whatever_stands_there(self, config, started):
-        run_dir.check(replace(config, resume="never", seed=5), MANIFESTS, 0)
+        run_dir.check(replace(config, resume="never", seed=5), MANIFESTS)
 
     def test_must_refuses_where_there_is_no_run_or_no_checkpoint(self, config, tmp_path):
         must = replace(config, resume="must")
-        assert "holds no run" in complaint(run_dir.check, must, MANIFESTS, 0)
+        assert "holds no run" in complaint(run_dir.check, must, MANIFESTS)
         (tmp_path / "run").mkdir()
         run_dir.describe(config, MANIFESTS)
-        assert "holds no checkpoint" in complaint(run_dir.check, must, MANIFESTS, 0)
+        assert "holds no checkpoint" in complaint(run_dir.check, must, MANIFESTS)
 
     def test_a_folder_of_other_files_and_a_file_are_refused(self, config, tmp_path):
         (tmp_path / "run").mkdir()
         (tmp_path / "run" / "thesis.tex").write_text("")
-        assert "thesis.tex" in complaint(run_dir.check, config, MANIFESTS, 0)
+        assert "thesis.tex" in complaint(run_dir.check, config, MANIFESTS)
         a_file = replace(config, run_dir=str(tmp_path / "run" / "thesis.tex"))
-        assert "this is a file" in complaint(run_dir.check, a_file, MANIFESTS, 0)
+        assert "this is a file" in complaint(run_dir.check, a_file, MANIFESTS)
 
     @pytest.mark.parametrize("text", ["", "a: [b", "just words"])
     def test_a_configuration_that_cannot_be_read_is_told(self, config, started, text):
         (started / "config.yaml").write_text(text)
-        assert "config.yaml" in complaint(run_dir.check, config, MANIFESTS, 0)
+        assert "config.yaml" in complaint(run_dir.check, config, MANIFESTS)
 
     def test_checking_writes_nothing(self, config, tmp_path):
-        run_dir.check(config, MANIFESTS, 0)
+        run_dir.check(config, MANIFESTS)
         assert list(tmp_path.iterdir()) == []
 
     def test_archiving_moves_a_run_aside_whole_and_never_onto_another(self, started):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -126,6 +127,12 @@ def test_two_runs_of_one_command_give_the_same_state(finished: Path, shards: Pat
         (["--model.num-classes", "4"], "has label 9, but the model has 4 classes"),
         (["--resume", "must"], "holds no run"),
         (["--data.train", "nowhere"], "nowhere: no such folder"),
+        (["--data.cache", "ram", "--data.cache-mb", "0"], "data.cache_mb"),
+        pytest.param(
+            ["--loop.precision", "fp16"],
+            "which is for GPUs",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is fine on a GPU"),
+        ),
     ],
 )
 def test_bad_arguments_get_one_line_and_leave_no_trace(
@@ -229,11 +236,66 @@ def test_a_restart_by_torchrun_goes_on_although_never_was_asked_for(
 ) -> None:
     run_dir = tmp_path / "run"
     argv = words(shards, run_dir, "--loop.epochs", "1", "--resume", "never")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
     assert run_command(main, argv) == 0
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert run_command(main, argv) == 0
     assert not list(tmp_path.glob("run.archived-*"))
     assert progress(run_dir)["restarts"] == 1
+
+
+def test_a_first_attempt_that_died_early_does_not_make_never_go_on_with_the_old_run(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    assert run_command(main, words(shards, run_dir, "--loop.epochs", "1")) == 0
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert run_command(main, words(shards, run_dir, "--loop.epochs", "1", "--resume", "never")) == 0
+    assert len(list(tmp_path.glob("run.archived-*"))) == 1
+
+
+def test_never_moves_what_a_link_points_to_and_keeps_the_link(shards: Path, tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    argv = words(shards, tmp_path / "link", "--loop.epochs", "1", "--resume", "never")
+    assert [run_command(main, argv) for _ in range(2)] == [0, 0]
+    assert (tmp_path / "link").is_symlink()
+    assert progress(tmp_path / "real")["state"] == "finished"
+    assert len(list(tmp_path.glob("real.archived-*"))) == 1
+
+
+def test_a_metrics_file_that_was_cut_is_set_aside_and_the_run_goes_on(
+    finished: Path, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    metrics = run_dir / "metrics.jsonl"
+    cut = metrics.read_bytes()[:300]
+    metrics.write_bytes(cut)
+    assert run_command(main, words(shards, run_dir, "--data.cache", "none", "--gate.anneal-share", "0")) == 0
+    assert (run_dir / "metrics.jsonl.damaged-1").read_bytes() == cut
+    assert "the old one is now metrics.jsonl.damaged-1" in capsys.readouterr().err
+    assert state_hash(run_dir) == state_hash(finished)
+
+
+def test_an_epoch_of_a_tiny_target_still_trains_and_saves(shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    tiny = ("--gate.target-rate", "0.0001", "--gate.p-min", "0", "--gate.anneal-share", "0")
+    assert run_command(main, words(shards, run_dir, *tiny)) == 0
+    state, _ = read(committed(run_dir / "checkpoints")[-1])
+    assert state["epoch"] == 3
+    assert state["global_step"] == 6 + 1 + 1
+
+
+def test_a_half_removed_checkpoint_does_not_keep_later_ones_from_being_saved(shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    argv = words(shards, run_dir, "--checkpoint.every-steps", "2")
+    assert run_command(main, [*argv, "--session.hours", "1e-9"]) == 0
+    stale = run_dir / "checkpoints/step-00000001"
+    stale.mkdir()
+    assert run_command(main, argv) == 0
+    assert progress(run_dir)["state"] == "finished"
 
 
 def test_dry_run_writes_nothing(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -293,11 +355,11 @@ def test_ctrl_c_saves_and_ends_cleanly(shards: Path, tmp_path: Path) -> None:
     "more",
     [
         ("--optim.name", "adamw", "--optim.lr", "0.001", "--loop.precision", "bf16", "--optim.label-smoothing", "0.1"),
-        ("--optim.clip-grad-norm", "1.0", "--loop.precision", "fp16", "--optim.schedule", "linear"),
+        ("--optim.clip-grad-norm", "1.0", "--optim.schedule", "linear"),
         ("--model.name", "resnet18", "--data.image-size", "32", "--loop.global-batch-size", "19", "--loop.epochs", "2"),
         ("--model.norm", "group", "--model.no-channels-last", "--loop.deterministic", "--gate.p-min", "0.4"),
     ],
-    ids=["adamw-bf16", "clip-fp16", "resnet-lone-sample", "group-deterministic"],
+    ids=["adamw-bf16", "clip-linear", "resnet-lone-sample", "group-deterministic"],
 )
 def test_stopped_and_resumed_equals_uninterrupted_whatever_the_recipe(
     shards: Path, tmp_path: Path, more: tuple[str, ...]
@@ -343,8 +405,9 @@ def test_damaged_samples_above_the_limit_stop_the_run_with_their_list(tmp_path: 
     index = write_split(tmp_path / "train", squares(NUM_SAMPLES, side=8))
     write_split(tmp_path / "val", squares(20, side=8))
     overwrite(index, 5, b"not a JPEG")
+    overwrite(index, 9, b"not a JPEG")
     run_dir = tmp_path / "run"
-    with pytest.raises(RuntimeError, match=r"1 damaged samples in .*, but .* allows 0\.0096 .*check_shards.*0000005-x"):
+    with pytest.raises(RuntimeError, match=r"2 damaged samples in .*, but .* allows 1 .*check_shards.*0000005-x"):
         main(words(tmp_path, run_dir, "--loop.epochs", "1"))
     assert progress(run_dir)["state"] == "failed"
 

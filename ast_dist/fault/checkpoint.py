@@ -5,7 +5,7 @@ manifest.json (SHA-256 of every file). All ranks enter `save` and `load`.
 """
 
 import json
-import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,11 @@ _STATE_NAME = "state.json"
 _FAILURES_LIMIT = 3
 
 
+def checkpoint_name(global_step: int) -> str:
+    """The folder of a step's checkpoint; names sort by step."""
+    return f"step-{global_step:08d}"
+
+
 class Checkpoints:
     """The checkpoints of one run.
 
@@ -38,35 +43,46 @@ class Checkpoints:
         self.newest: str | None = None
         self._failures = 0
 
-    def save(self, state: TrainState) -> Path | None:
+    def save(self, state: TrainState, val_acc1: float | None = None) -> Path | None:
         """Commit a checkpoint of this step on all ranks. Returns its path, or None when the disk refused it.
 
+        val_acc1: validation accuracy of exactly these weights, percent; None where they were not evaluated.
         A failed save warns and training goes on with the previous checkpoint standing; the third failure in a row
         raises RuntimeError. A step that is already committed is not saved again.
         """
-        name = f"step-{state.global_step:08d}"
+        name = checkpoint_name(state.global_step)
         final = self.folder / name
         if self.world.broadcast(final.exists()):
+            self.newest = name
             return final
         # Each rank keeps its own batch statistics between forwards, and the checkpoint holds one copy of each.
         self.world.broadcast_buffers(state.model)
         tensors, plain = split(state.state_dict(self.world.rank))
-        error: BaseException | None = self._on_main(lambda: commit.new_stage(self.folder, name))
-        if error is None:
-            error = self._write(commit.stage_path(self.folder, name), tensors)
-        if error is None:
-            error = self._on_main(lambda: self._commit(name, plain, state))
-        if error is None:
-            self._failures = 0
-            self.newest = name
-            return final
-        self._failures += 1
-        message = f"checkpoint {final} was not saved ({error}); the last good one is {self.newest}"
-        if self._failures >= _FAILURES_LIMIT:
-            raise RuntimeError(f"{message}; that was failure {self._failures} in a row")
+        try:
+            self.world.on_main(lambda: commit.new_stage(self.folder, name))
+            self._write(commit.stage_path(self.folder, name), tensors)
+            self.world.on_main(lambda: self._commit(name, plain, state, val_acc1))
+        except (OSError, RuntimeError, ValueError) as error:
+            self._refused(name, error)
+            return None
         if self.world.is_main:
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
-        return None
+            self._prune()
+        self._failures = 0
+        self.newest = name
+        return final
+
+    def _refused(self, name: str, error: Exception) -> None:
+        """Count a save that failed, on every rank alike; warn, and raise at the third in a row."""
+        self._failures += 1
+        free_mb = shutil.disk_usage(self.folder.parent).free / 1e6
+        message = (
+            f"checkpoint {self.folder / name} was not saved ({error}); {free_mb:,.0f} MB are free there; "
+            f"the last good one is {self.newest}"
+        )
+        if self._failures >= _FAILURES_LIMIT:
+            raise RuntimeError(f"{message}; that was failure {self._failures} in a row") from error
+        if self.world.is_main:
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
 
     def find(self) -> Path | None:
         """The newest checkpoint that verifies, agreed on by all ranks; None where there is none.
@@ -78,6 +94,7 @@ class Checkpoints:
             for checkpoint in reversed(commit.committed(self.folder)):
                 try:
                     commit.verify(checkpoint)
+                    SafeReader(checkpoint).read_metadata()
                 except commit.DamagedCheckpointError as error:
                     aside = commit.quarantine(checkpoint)
                     message = f"{error}; moved to {aside.name}, trying the one before"
@@ -89,7 +106,7 @@ class Checkpoints:
 
     def load(self, checkpoint: Path, state: TrainState) -> None:
         """Restore a verified checkpoint into `state`. Raises RuntimeError when ranks then hold different states."""
-        loaded, session = read(checkpoint)
+        loaded, session = _read_verified(checkpoint)
         state.load_state_dict(loaded, self.world.rank)
         state.session = session
         self.newest = checkpoint.name
@@ -97,42 +114,27 @@ class Checkpoints:
         if len(hashes) != 1:
             raise RuntimeError(f"{checkpoint}: ranks hold {len(hashes)} different states after loading")
 
-    def _write(self, stage: Path, tensors: dict[str, torch.Tensor]) -> BaseException | None:
+    def _write(self, stage: Path, tensors: dict[str, torch.Tensor]) -> None:
         try:
             # thread_count above 1 was seen to lose items on an I/O error.
             dcp.save(tensors, storage_writer=dcp.FileSystemWriter(stage, thread_count=1, sync_files=False))
         except CheckpointException as error:
-            return next(iter(error.failures.values()))[0]
-        return None
+            rank, (first, _) = next(iter(error.failures.items()))
+            raise RuntimeError(f"rank {rank}: {first}") from error
 
-    def _commit(self, name: str, plain: dict[str, Any], state: TrainState) -> None:
+    def _commit(self, name: str, plain: dict[str, Any], state: TrainState, val_acc1: float | None) -> None:
         stage = commit.stage_path(self.folder, name)
         content = {"state": plain, "session": state.session}
         (stage / _STATE_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        commit.commit(stage, self.folder / name, {"step": state.global_step, "val_acc1": self._fresh_acc1(state)})
-        commit.prune(self.folder, self.keep_last, self._best())
+        commit.commit(stage, self.folder / name, {"step": state.global_step, "val_acc1": val_acc1})
 
-    def _fresh_acc1(self, state: TrainState) -> float | None:
-        """The validation accuracy of exactly these weights: between epochs there is one."""
-        return state.last_acc1 if state.step_in_epoch == 0 else None
-
-    def _best(self) -> set[str]:
-        scores = {}
-        for checkpoint in commit.committed(self.folder):
-            score = json.loads((checkpoint / commit.MANIFEST_NAME).read_text(encoding="utf-8")).get("val_acc1")
-            if score is not None:
-                scores[checkpoint.name] = score
-        return {max(scores, key=lambda name: (scores[name], name))} if scores else set()
-
-    def _on_main(self, action: Any) -> Exception | None:
-        """Run `action` on rank 0; every rank learns what went wrong, if anything did."""
-        failure: Exception | None = None
-        if self.world.is_main:
-            try:
-                action()
-            except OSError as error:
-                failure = OSError(error.errno, os.strerror(error.errno) if error.errno else str(error))
-        return self.world.broadcast(failure)
+    def _prune(self) -> None:
+        """Remove old checkpoints; the new one is committed, so a failure here is no failure of the save."""
+        best = commit.best(self.folder)
+        try:
+            commit.prune(self.folder, self.keep_last, {best} if best else set())
+        except OSError as error:
+            warnings.warn(f"{self.folder}: old checkpoints are not removed ({error})", RuntimeWarning, stacklevel=2)
 
 
 def read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -142,8 +144,11 @@ def read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     record. Raises DamagedCheckpointError when the folder does not verify or its metadata asks for code to run.
     """
     commit.verify(checkpoint)
-    reader = SafeReader(checkpoint)
-    metadata = reader.read_metadata()
+    return _read_verified(checkpoint)
+
+
+def _read_verified(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    metadata = SafeReader(checkpoint).read_metadata()
     tensors = {
         name: torch.empty(item.size, dtype=item.properties.dtype)
         for name, item in metadata.state_dict_metadata.items()

@@ -9,6 +9,7 @@ A crash before the rename leaves only a stage folder, which nobody loads and the
 leaves a complete checkpoint. What the disk or a person damages later is found by the hashes.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,6 +20,7 @@ from typing import Any
 MANIFEST_NAME = "manifest.json"
 _STAGE_PREFIX = "stage-"
 _CORRUPT_PREFIX = ".corrupt-"
+_PRUNED_PREFIX = ".pruned-"
 
 
 class DamagedCheckpointError(RuntimeError):
@@ -33,8 +35,9 @@ def stage_path(folder: Path, name: str) -> Path:
 def new_stage(folder: Path, name: str) -> Path:
     """Remove what crashed saves left behind and make an empty stage folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(f"{_STAGE_PREFIX}*"):
-        shutil.rmtree(leftover)
+    for prefix in (_STAGE_PREFIX, _PRUNED_PREFIX):
+        for leftover in folder.glob(f"{prefix}*"):
+            shutil.rmtree(leftover)
     stage = stage_path(folder, name)
     stage.mkdir()
     return stage
@@ -86,6 +89,20 @@ def committed(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
+def best(folder: Path) -> str | None:
+    """Name of the committed checkpoint with the highest `val_acc1` in its manifest, the newest of equals.
+
+    A manifest that cannot be read is passed over: whether a checkpoint is sound is asked when it is loaded.
+    """
+    scores = {}
+    for checkpoint in committed(folder):
+        with contextlib.suppress(OSError, ValueError):
+            score = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8")).get("val_acc1")
+            if score is not None:
+                scores[checkpoint.name] = score
+    return max(scores, key=lambda name: (scores[name], name), default=None)
+
+
 def quarantine(checkpoint: Path) -> Path:
     """Move a damaged checkpoint aside, so that nothing tries it again and a person may still look at it."""
     number = 0
@@ -100,9 +117,10 @@ def prune(folder: Path, keep_last: int, keep: set[str]) -> None:
     """Remove old checkpoints, but not the newest `keep_last` and those named in `keep`. Call it after a commit."""
     for checkpoint in committed(folder)[:-keep_last]:
         if checkpoint.name not in keep:
-            # The manifest goes first: a crash in the middle leaves something that does not verify.
-            (checkpoint / MANIFEST_NAME).unlink(missing_ok=True)
-            shutil.rmtree(checkpoint)
+            # Renamed first: a crash in the middle must not leave half a checkpoint under a checkpoint's name.
+            doomed = checkpoint.with_name(f"{_PRUNED_PREFIX}{checkpoint.name}")
+            os.rename(checkpoint, doomed)
+            shutil.rmtree(doomed)
 
 
 def _fsync(path: Path) -> None:

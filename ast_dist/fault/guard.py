@@ -37,8 +37,6 @@ class Guard:
         self._old_handlers = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
         self._thread = threading.Thread(target=self._keep_grace, name="grace", daemon=True)
         self._thread.start()
-        if "TORCHELASTIC_RUN_ID" in os.environ:
-            die_with_parent()
 
     @property
     def wants_stop(self) -> bool:

@@ -15,14 +15,23 @@ _PATIENCE_S = 0.5
 _BEAT = struct.Struct("<qd")
 
 
+def previous_launch(run_dir: Path) -> str | None:
+    """The launch that the directory's present or last owner belonged to; None where there was none."""
+    try:
+        launch: str | None = json.loads((run_dir / LEASE_NAME).read_bytes()[_BEAT.size :]).get("launch")
+    except (OSError, ValueError):
+        return None
+    return launch
+
+
 class Lease:
     """Holds a run directory for this process until it ends, however it ends: the kernel drops the lock.
 
     The file's first 16 bytes are the heartbeat (steps done, int64; time, float64 seconds since 1970), the rest says
-    who the owner is. Raises UserError when another process holds the directory.
+    who the owner is, and which launch started it. Raises UserError when another process holds the directory.
     """
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, launch: str = "") -> None:
         path = run_dir / LEASE_NAME
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if not self._lock():
@@ -32,7 +41,7 @@ class Lease:
                 f"{run_dir}: another process trains here ({owner}). Wait for it, stop it, or choose another --run-dir."
             )
         self.previous_beat = self._read()
-        self_description = {"pid": os.getpid(), "host": socket.gethostname()}
+        self_description = {"pid": os.getpid(), "host": socket.gethostname(), "launch": launch}
         os.ftruncate(self._file, _BEAT.size)
         os.pwrite(self._file, json.dumps(self_description).encode(), _BEAT.size)
 

@@ -21,7 +21,10 @@ class Policy(Protocol):
     """
 
     def plan(self, epoch: int, order: np.ndarray) -> Plan:
-        """What to train in this epoch. order: (num_samples,) int64, every sample id once. Keeps the order."""
+        """What to train in this epoch, at least one sample, in the order given.
+
+        order: (num_samples,) int64, every sample id once.
+        """
 
     def observe(self, ids: Tensor, significance: Tensor) -> None:
         """Note the significance of this rank's samples of one step: (n,) int64 (negative: padding), (n,) float32."""
@@ -131,9 +134,13 @@ class Sundew:
             dither = torch.from_numpy(uniform(order, STREAM_DITHER, self.seed, epoch))
             is_hard = self.threshold.keep(torch.from_numpy(remembered[order]), dither).numpy()
             keep |= is_seen & is_hard
+            if is_seen.any():
+                self.threshold.integrate(float(is_hard[is_seen].mean()))
             report = {"threshold": self.threshold.threshold, "integral": self.threshold.integral}
             if is_seen.any():
                 report["score_p50"] = self.threshold.median
+        if len(order) and not keep.any():
+            keep[np.argmin(chance)] = True  # an epoch without a step would leave nothing to save or to resume from
         rate = float(keep.mean()) if len(keep) else 0.0
         report["scores_non_finite"] = float(self.memory.non_finite)
         self._report = {"rate": rate, "rate_target": self.config.target_rate, **report}

@@ -96,13 +96,18 @@ class Threshold:
         if all_reduce is not None:
             counts = all_reduce(counts)
         threshold = self.update(counts)
+        # What the other ranks keep after dithering is not known here; on average it is the expected rate.
+        self.integrate(self.rate)
         if dither is None:
             drawn = uniform(np.arange(len(significance)), STREAM_DITHER, self.steps)
             dither = torch.from_numpy(drawn).to(significance.device)
         return self.keep(significance, dither), threshold
 
     def update(self, counts: Tensor) -> float:
-        """Set the threshold from a window's global histogram. counts: (NUM_BINS + 1,) int64 of `histogram`."""
+        """Set the threshold from a window's global histogram. counts: (NUM_BINS + 1,) int64 of `histogram`.
+
+        Call `integrate` with the rate that came of it.
+        """
         window = counts.cpu().numpy()
         self.non_finite = int(window[-1])
         current = window[:-1].astype(np.float64)
@@ -115,9 +120,18 @@ class Threshold:
         self._invert(self._counts, self.target_rate - self.integral)
         above = current[self._bin + 1 :].sum()
         self.rate = float((above + self._share_of_bin * current[self._bin]) / total)
-        self._integrate()
         self.median = _edge(int(np.searchsorted(np.cumsum(current), total / 2)), 0.5)
         return self.threshold
+
+    def integrate(self, rate: float) -> None:
+        """Move the integral term by what a window kept, but not beyond its limit (conditional anti-windup).
+
+        rate: share of the window's scores that was kept, the same on every rank.
+        """
+        self.rate = rate
+        limit = 0.5 * min(self.target_rate, 1.0 - self.target_rate)
+        moved = self.integral + self.ki * (rate - self.target_rate)
+        self.integral = min(max(moved, -limit), limit)
 
     def keep(self, significance: Tensor, dither: Tensor) -> Tensor:
         """Which scores the present threshold keeps. significance: (N,), dither: (N,) in [0, 1). Returns (N,) bool."""
@@ -152,12 +166,6 @@ class Threshold:
         in_bin = counts[self._bin]
         self._share_of_bin = float(min(1.0, (wanted - above) / in_bin)) if in_bin else 1.0
         self.threshold = _edge(self._bin, 1.0 - self._share_of_bin)
-
-    def _integrate(self) -> None:
-        """Move the integral term, but not further into its limit (conditional anti-windup)."""
-        limit = 0.5 * min(self.target_rate, 1.0 - self.target_rate)
-        moved = self.integral + self.ki * (self.rate - self.target_rate)
-        self.integral = min(max(moved, -limit), limit)
 
 
 def _edge(bin_number: int, position: float) -> float:

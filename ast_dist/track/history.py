@@ -20,17 +20,19 @@ from ast_dist.errors import UserError
 class History:
     """Append rows to a JSONL file.
 
-    path: the file; made if absent. A torn last line, left by a kill or a full disk, is cut off.
+    path: the file; made if absent. A torn last line, left by a kill or a full disk, is cut off when the next row comes.
     """
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self._open()
+
+    def _open(self) -> None:
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         raw = self.path.read_bytes()
         self._length = raw.rfind(b"\n") + 1
         self._num_rows = raw.count(b"\n")
-        if self._length < len(raw):
-            os.ftruncate(self._descriptor, self._length)
+        self._has_torn_line = self._length < len(raw)
 
     @property
     def length(self) -> int:
@@ -50,6 +52,7 @@ class History:
         then ends at the row before.
         """
         line = encode(row)
+        self._cut_torn_line()
         written = 0
         try:
             written = os.write(self._descriptor, line)
@@ -78,8 +81,24 @@ class History:
                 f"{self._length:,}). Restore the {self.path.name} of the run that the checkpoint comes from."
             )
         os.ftruncate(self._descriptor, length)
+        self._has_torn_line = False
         self._length = length
         self._num_rows = self.path.read_bytes().count(b"\n")
+
+    def set_aside(self) -> Path:
+        """Keep the file under another name, for a person to look at, and go on with an empty one."""
+        number = 1
+        while (aside := self.path.with_name(f"{self.path.name}.damaged-{number}")).exists():
+            number += 1
+        os.rename(self.path, aside)
+        os.close(self._descriptor)
+        self._open()
+        return aside
+
+    def _cut_torn_line(self) -> None:
+        if self._has_torn_line:
+            os.ftruncate(self._descriptor, self._length)
+            self._has_torn_line = False
 
     def sync(self) -> int:
         """Flush to the disk itself and return the length, so that a checkpoint never states more than was kept."""

@@ -93,11 +93,16 @@ class Tracker:
         the process before, and its last sign of life (seconds since 1970). session: what the checkpoint keeps for
         the tracker, total_s and history_bytes. versions: of the packages. info: shown on the console. num_samples:
         size of the training set, by which the dashboard turns skipped samples into a share.
-        Raises UserError when metrics.jsonl is not the one that the checkpoint belongs to.
+        A metrics.jsonl that is not the checkpoint's is set aside, with a warning.
         """
         kept = dict(session or {}) if checkpoint else {}
         rows = read(self._history.path)
-        self._history.truncate(int(kept.get("history_bytes", 0)))
+        try:
+            self._history.truncate(int(kept.get("history_bytes", 0)))
+        except UserError as error:
+            # The checkpoint is sound, and what was told of the way to it must not keep the run from going on.
+            aside = self._history.set_aside() if self._history.path.stat().st_size else None
+            self.warn(f"{error} Going on with an empty one" + (f"; the old one is now {aside.name}." if aside else "."))
         self._next_number = self._history.num_rows
         self._restore(checkpoint, float(kept.get("total_s", 0.0)), rows)
         steps_before, self._last_sign_of_life = previous_beat or (resumed_from_step, None)

@@ -7,10 +7,7 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 from ast_dist.config import Config, DataConfig, LoopConfig, TrackConfig
-from ast_dist.errors import UserError
 from ast_dist.track.console import Console
 from ast_dist.track.history import read
 from ast_dist.track.progress import read_progress
@@ -123,14 +120,17 @@ def test_a_start_from_nothing_keeps_no_rows_of_the_attempt_before(tmp_path):
         tracker.close("failed")
 
 
-def test_rows_of_another_run_are_refused_and_left_alone(tmp_path):
+def test_rows_of_another_run_are_set_aside_unchanged_with_a_warning(tmp_path, capsys):
     run_dir = tmp_path / "run"
     tracker = make_tracker(run_dir, quiet=True)
     tracker.step(STEP)
     whole = (run_dir / "metrics.jsonl").read_bytes()
-    with pytest.raises(UserError, match="but the checkpoint was saved at 9,999"):
-        tracker.start("step-00000010", resumed_from_step=10, session={"history_bytes": 9999, "total_s": 1.0})
-    assert (run_dir / "metrics.jsonl").read_bytes() == whole
+    tracker.start("step-00000010", resumed_from_step=10, session={"history_bytes": 9999, "total_s": 1.0})
+    assert "but the checkpoint was saved at 9,999" in capsys.readouterr().err
+    assert (run_dir / "metrics.jsonl.damaged-1").read_bytes() == whole
+    assert (run_dir / "metrics.jsonl").read_bytes() == b""
+    tracker.step(STEP)
+    assert len(read(run_dir / "metrics.jsonl")) == 1
     tracker.close("failed")
 
 
