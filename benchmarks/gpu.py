@@ -45,6 +45,8 @@ class Arguments:
     """Folder of the result file."""
     toy: bool = False
     """Toy size, as on a CPU."""
+    compiled: bool = True
+    """Measure the compiled step, too."""
     commit: str | None = None
     """What is measured, where this folder is no git checkout."""
 
@@ -232,7 +234,8 @@ def main(argv: list[str]) -> int:
     result = ResultFile(arguments.out / f"{name}.json", name, command, arguments.commit)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            for task in Bench(world, scale, budget, Path(folder)).tasks():
+            tasks = Bench(world, scale, budget, Path(folder)).tasks()
+            for task in (task for task in tasks if arguments.compiled or task.kind != "compiled"):
                 result.add({"measure": task.measure, "device": device_name(world), **run_task(task, budget)})
                 print(_line(result.rows[-1]), flush=True)
     finally:

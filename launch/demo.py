@@ -135,8 +135,9 @@ def report(gated: Path, full: Path) -> None:
     say("result")
     Console(width=100).print(table)
     if recoveries:
+        steps = "step" if repeated == 1 else "steps"
         print(
-            f"The kill cost {repeated} repeated steps. From the last sign of life to the next finished step: "
+            f"The kill cost {repeated} repeated {steps}. From the last sign of life to the next finished step: "
             f"{recoveries[0]:.1f} s, mostly starting Python and torch again."
         )
 

@@ -22,9 +22,9 @@ def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory) -> tuple["subprocess.CompletedProcess[str]", dict[str, Any]]:
-    """The GPU benchmark at toy size. The compiled step does not fit into this budget; all else does."""
+    """The GPU benchmark at toy size, with time enough for all of it on a busy machine."""
     out = tmp_path_factory.mktemp("results")
-    done = run("benchmarks.gpu", "--toy", "--budget-minutes", "0.7", "--out", str(out))
+    done = run("benchmarks.gpu", "--toy", "--no-compiled", "--budget-minutes", "5", "--out", str(out))
     return done, json.loads((out / "gpu-toy.json").read_text())
 
 
@@ -75,10 +75,12 @@ def test_a_killed_run_that_went_on_has_the_state_of_one_that_never_stopped(toy):
     assert row["full_epoch_steps"] < row["resumed_from_step"] < row["steps"] == row["resumed_steps"]
 
 
-def test_what_does_not_fit_into_the_budget_is_left_out_and_says_why(toy):
-    _, content = toy
-    compiled = next(row for row in content["rows"] if row.get("compiled"))
-    assert "left" in compiled["skipped"] and "images_per_s" not in compiled
+def test_what_does_not_fit_into_the_budget_is_left_out_and_says_why(tmp_path):
+    done = run("benchmarks.gpu", "--toy", "--budget-minutes", "0.001", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "gpu-toy.json").read_text())["rows"]
+    assert len(rows) >= 6 and all("s left" in row["skipped"] for row in rows)
+    assert any(row.get("compiled") for row in rows)
 
 
 def test_a_result_file_is_whole_at_every_moment(tmp_path):

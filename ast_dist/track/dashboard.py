@@ -128,8 +128,12 @@ def draw_threshold(axes: Axes, rows: Sequence[Row], progress: Row) -> None:
     _plot_points(axes, passes, threshold, "threshold", BLUE, "-")
     _use_log_scale_if_wide(axes)
     if _series(rows, "gate/integral")[0].size:
-        integral = _series(rows, "gate/integral", gaps=True)
-        _plot_points(_right_axis(axes), *integral, "integral (right)", VERMILLION, "--")
+        passes, integral = _series(rows, "gate/integral", gaps=True)
+        right = _right_axis(axes)
+        _plot_points(right, passes, integral, "integral (right)", VERMILLION, "--")
+        # A correction of a few hundredths of a percent is no event: on a scale of its own it would look like one.
+        bound = max(0.05, 1.2 * float(np.nanmax(np.abs(integral), initial=0.0)))
+        right.set_ylim(-bound, bound)
 
 
 def draw_loss(axes: Axes, rows: Sequence[Row], progress: Row) -> None:
