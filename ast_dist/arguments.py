@@ -55,5 +55,8 @@ def _one_line(framed: str) -> str:
         is_pointer_to_help = line.startswith("For full helptext") or line.endswith("--help")
         if not (is_rule or is_pointer_to_help):
             lines.append(line)
+        if line.startswith("Argument helptext"):
+            lines.pop()
+            break
     # "Error parsing gate: gate.p_min is …" names the key twice: our own messages start with it.
     return re.sub(r"^Error parsing \w+: (?=(\w+\.\w+|--\S+) is )", "", " ".join(lines))

@@ -6,6 +6,7 @@ import platform
 import socket
 import sys
 import uuid
+import warnings
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -133,9 +134,23 @@ def archive(run_dir: Path) -> Path:
 def describe(config: Config, manifests: dict[str, str]) -> None:
     """Write config.yaml and env.json for this session, each in one step."""
     run_dir = Path(config.run_dir)
+    changed = _changed_versions(run_dir / "env.json")
+    if changed:
+        message = f"{run_dir}: other versions than the run had before ({', '.join(changed)}): last bits may differ"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
     text = yaml.safe_dump(fingerprint(config, manifests), sort_keys=False, allow_unicode=True)
     _replace(run_dir / CONFIG_NAME, text)
     _replace(run_dir / "env.json", json.dumps(environment(), indent=1) + "\n")
+
+
+def _changed_versions(env_path: Path) -> list[str]:
+    """Packages whose version is not the one that env.json states; none where there is no such file."""
+    try:
+        before = json.loads(env_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return []
+    now = versions()
+    return [f"{name} {before[name]} → {now[name]}" for name in now if name in before and before[name] != now[name]]
 
 
 def environment() -> dict[str, Any]:

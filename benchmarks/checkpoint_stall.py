@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ast_dist.config import GateConfig
 from ast_dist.data.order import epoch_order
 from ast_dist.distributed import World
@@ -22,10 +24,10 @@ class _TimedCheckpoints(Checkpoints):
 
     write_s = commit_s = 0.0
 
-    def _write(self, *arguments: Any) -> BaseException | None:
+    def _write(self, stage: Path, tensors: dict[str, Tensor]) -> None:
         began = time.perf_counter()
         try:
-            return super()._write(*arguments)
+            super()._write(stage, tensors)
         finally:
             self.write_s = time.perf_counter() - began
 

@@ -420,6 +420,15 @@ def test_damaged_validation_samples_are_named_and_counted(tmp_path: Path, capsys
     assert read_rows(tmp_path / "run/metrics.jsonl")[-1]["val/samples_damaged"] == 1
 
 
+def test_other_versions_than_before_are_told(finished: Path, shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    env = json.loads((run_dir / "env.json").read_text())
+    (run_dir / "env.json").write_text(json.dumps({**env, "torch": "2.0.0"}))
+    with pytest.warns(RuntimeWarning, match=r"other versions than the run had before \(torch 2\.0\.0 → "):
+        main(words(shards, run_dir, "--data.cache", "none", "--gate.anneal-share", "0"))
+
+
 def test_a_runs_own_config_starts_another_run(finished: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     assert run_command(main, ["--config", str(finished / "config.yaml"), "--run-dir", str(run_dir)]) == 0
