@@ -1,5 +1,6 @@
 """Claims about saving and loading a training state, in one process."""
 
+import io
 import pickle
 import resource
 import signal
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from ast_dist.config import GateConfig
 from ast_dist.data.order import epoch_order
@@ -18,6 +20,7 @@ from ast_dist.distributed import World
 from ast_dist.fault import commit
 from ast_dist.fault.checkpoint import Checkpoints, read
 from ast_dist.fault.commit import DamagedCheckpointError
+from ast_dist.fault.safe_load import _Unpickler
 from ast_dist.fault.state import TrainState, hash_state, join, split
 from ast_dist.gate.policy import Sundew
 
@@ -137,6 +140,26 @@ def test_hostile_metadata_is_refused_and_does_not_run(world: World, tmp_path: Pa
     with pytest.raises(DamagedCheckpointError, match=r"io\.open is not allowed|_io\.open is not allowed"):
         read(checkpoint)
     assert not trace.exists()
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"), [("Metadata", "__init__"), ("_MEM_FORMAT_ENCODING", "__init__"), ("_MEM_FORMAT_ENCODING", "mro")]
+)
+def test_getattr_in_metadata_reaches_one_enums_members_and_nothing_else(
+    world: World, tmp_path: Path, owner: str, name: str
+) -> None:
+    checkpoint = Checkpoints(tmp_path, world, keep_last=3).save(fresh_state())
+    pickled = f"cbuiltins\ngetattr\n(ctorch.distributed.checkpoint.metadata\n{owner}\nV{name}\ntR."
+    (checkpoint / ".metadata").write_bytes(pickled.encode())
+    recommit(checkpoint)
+    with pytest.raises(DamagedCheckpointError, match=r"getattr.* is not allowed"):
+        read(checkpoint)
+
+
+@pytest.mark.parametrize("name", list(_MEM_FORMAT_ENCODING.__members__))
+def test_an_enum_member_pickled_by_getattr_is_read(name: str) -> None:
+    pickled = f"cbuiltins\ngetattr\n(ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\nV{name}\ntR."
+    assert _Unpickler(io.BytesIO(pickled.encode())).load() is _MEM_FORMAT_ENCODING[name]
 
 
 def test_a_disk_that_refuses_warns_twice_and_stops_at_the_third_time(world: World, tmp_path: Path) -> None:
