@@ -9,10 +9,10 @@ import pytest
 
 from ast_dist.fault.checkpoint import read
 from ast_dist.fault.commit import committed
-from ast_dist.fault.state import hash_state
 from ast_dist.track.history import read as read_rows
+from tests import training
 from tests.launching import finish, start, steps_done, wait_for
-from tests.shards import squares, write_split
+from tests.training import write_shards
 
 EPOCHS = 5
 GLOBAL_BATCH_SIZE = 12
@@ -22,30 +22,17 @@ STEPS_A_FULL_EPOCH = NUM_SAMPLES // GLOBAL_BATCH_SIZE
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_split(folder / "train", squares(NUM_SAMPLES, side=8))
-    write_split(folder / "val", squares(31, side=8))
-    return folder
+    return write_shards(tmp_path_factory.mktemp("shards"), NUM_SAMPLES, 31)
 
 
 def words(shards: Path, run_dir: Path, *more: str) -> list[str]:
-    """Arguments of a small training whose middle epochs are gated, with BatchNorm and momentum to restore."""
+    """A small training whose middle epochs are gated, with BatchNorm and momentum to restore."""
     return [
-        *("-m", "ast_dist.train", "--run-dir", str(run_dir)),
-        *("--data.train", str(shards / "train"), "--data.val", str(shards / "val")),
-        *("--data.image-size", "8", "--data.crop", "padded", "--data.crop-pad-px", "1"),
-        *("--model.name", "small_cnn", "--model.width", "8", "--optim.lr", "0.05", "--optim.warmup-epochs", "1"),
+        *("-m", "ast_dist.train", *training.words(shards, run_dir), "--optim.warmup-epochs", "1"),
         *("--loop.epochs", str(EPOCHS), "--loop.global-batch-size", str(GLOBAL_BATCH_SIZE)),
-        *("--gate.target-rate", "0.5", "--gate.anneal-share", "0.2", "--checkpoint.every-s", "0"),
-        *("--checkpoint.every-steps", "7", "--track.every-steps", "1", "--track.no-dashboard"),
+        *("--gate.target-rate", "0.5", "--gate.anneal-share", "0.2", "--checkpoint.every-steps", "7"),
         *more,
     ]
-
-
-def final_hash(run_dir: Path) -> str:
-    """SHA-256 of all state in the newest checkpoint."""
-    state, _ = read(committed(run_dir / "checkpoints")[-1])
-    return hash_state(state)
 
 
 def starts(run_dir: Path) -> list[dict]:
@@ -72,7 +59,7 @@ def test_killed_in_mid_epoch_and_restarted_equals_never_stopped(shards: Path, tm
     assert second["resumed_from_step"] % STEPS_A_FULL_EPOCH != 0, "the resume should be in mid-epoch"
     assert first["restart"] == 0
     assert second["restart"] == 1
-    assert final_hash(killed) == final_hash(whole)
+    assert training.state_hash(killed) == training.state_hash(whole)
     # The rows that the kill undid are not told twice.
     steps = [row["global_step"] for row in read_rows(killed / "metrics.jsonl") if row["kind"] == "step"]
     assert steps == list(range(1, len(steps) + 1))

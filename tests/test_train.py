@@ -11,58 +11,19 @@ import pytest
 import torch
 import yaml
 
-from ast_dist.data.index import Index
 from ast_dist.errors import run_command
 from ast_dist.fault.checkpoint import read
 from ast_dist.fault.commit import committed
-from ast_dist.fault.lease import Lease
-from ast_dist.fault.state import hash_state
 from ast_dist.track.history import read as read_rows
 from ast_dist.train import main
 from tests.launching import finish, start, steps_done, wait_for
 from tests.shards import overwrite, squares, write_split
-
-NUM_SAMPLES = 96
+from tests.training import NUM_SAMPLES, progress, snapshot, state_hash, words, write_shards
 
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("shards")
-    write_split(folder / "train", squares(NUM_SAMPLES, side=8))
-    write_split(folder / "val", squares(20, side=8))
-    return folder
-
-
-def words(shards: Path, run_dir: Path, *more: str) -> list[str]:
-    return [
-        *("--run-dir", str(run_dir), "--data.train", str(shards / "train"), "--data.val", str(shards / "val")),
-        *("--data.image-size", "8", "--data.crop", "padded", "--data.crop-pad-px", "1", "--model.name", "small_cnn"),
-        *("--model.width", "8", "--optim.lr", "0.05", "--loop.epochs", "3", "--loop.global-batch-size", "16"),
-        *("--checkpoint.every-s", "0", "--track.every-steps", "1", "--track.no-dashboard", *more),
-    ]
-
-
-def snapshot(folder: Path) -> dict[str, bytes | None]:
-    """Every path below a folder with its bytes."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
-
-
-def refused(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    """Run the command, which must answer with one line and exit code 2; return the line."""
-    capsys.readouterr()
-    assert run_command(main, argv) == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1, lines
-    assert lines[0].startswith("error: ")
-    return lines[0]
-
-
-def progress(run_dir: Path) -> dict:
-    return json.loads((run_dir / "progress.json").read_text())
-
-
-def state_hash(run_dir: Path) -> str:
-    return hash_state(read(committed(run_dir / "checkpoints")[-1])[0])
+    return write_shards(tmp_path_factory.mktemp("shards"))
 
 
 @pytest.fixture(scope="module")
@@ -113,108 +74,6 @@ def test_two_runs_of_one_command_give_the_same_state(finished: Path, shards: Pat
     assert state_hash(run_dir) == state_hash(finished)
     assert run_command(main, words(shards, tmp_path / "other", "--seed", "1", "--gate.anneal-share", "0")) == 0
     assert state_hash(tmp_path / "other") != state_hash(finished)
-
-
-@pytest.mark.parametrize(
-    ("more", "says"),
-    [
-        (["--gate.target-rat", "0.3"], "--gate.target-rate"),
-        (["--loop.epochs", "many"], "--loop.epochs"),
-        (["--loop.global-batch-size", "0"], "loop.global_batch_size is 0, must be at least 1"),
-        (["--gate.target-rate", "0.1"], "gate.p_min is 0.2, but must lie in 0 … gate.target_rate (0.1)"),
-        (["--preset", "digit"], "There are: "),
-        (["--model.name", "resnet51"], "Perhaps you meant: "),
-        (["--model.num-classes", "4"], "has label 9, but the model has 4 classes"),
-        (["--resume", "must"], "holds no run"),
-        (["--data.train", "nowhere"], "nowhere: no such folder"),
-        (["--data.cache", "ram", "--data.cache-mb", "0"], "data.cache_mb"),
-        pytest.param(
-            ["--loop.precision", "fp16"],
-            "which is for GPUs",
-            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 is fine on a GPU"),
-        ),
-    ],
-)
-def test_bad_arguments_get_one_line_and_leave_no_trace(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], says: str
-) -> None:
-    run_dir = tmp_path / "run"
-    assert says in refused(words(shards, run_dir, *more), capsys)
-    assert not run_dir.exists()
-
-
-def test_a_typo_in_a_yaml_file_is_told_with_the_files_name(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "mine.yaml"
-    file.write_text("gate: {target_rat: 0.3}\n")
-    line = refused(words(shards, tmp_path / "run", "--config", str(file)), capsys)
-    assert str(file) in line
-    assert "Perhaps you meant: --gate.target-rate" in line
-
-
-def test_a_global_batch_smaller_than_the_world_is_refused(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "17")
-    line = refused(words(shards, tmp_path / "run"), capsys)
-    assert "loop.global_batch_size is 16, but there are 17 processes" in line
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_shard_shorter_than_its_manifest_says_is_refused_with_both_sizes(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for split in ("train", "val"):
-        write_split(tmp_path / split, squares(20, side=8))
-    shard = Index.open(tmp_path / "train").shard_paths[1]
-    size = shard.stat().st_size
-    os.truncate(shard, size - 512)
-    line = refused(words(tmp_path, tmp_path / "run"), capsys)
-    assert f"{size - 512:,} bytes" in line
-    assert f"{size:,}" in line
-    assert shard.name in line
-
-
-def test_another_configuration_is_refused_with_the_difference_and_changes_nothing(
-    finished: Path, shards: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = snapshot(finished)
-    more = ("--data.cache", "none", "--gate.anneal-share", "0", "--gate.target-rate", "0.3")
-    line = refused(words(shards, finished, *more), capsys)
-    assert "gate.target_rate: 0.4 → 0.3" in line
-    assert "data.cache" not in line
-    assert snapshot(finished) == before
-
-
-def test_other_data_under_the_same_path_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for split in ("train", "val"):
-        write_split(tmp_path / split, squares(20, side=8))
-    assert run_command(main, words(tmp_path, tmp_path / "run", "--loop.epochs", "1")) == 0
-    (tmp_path / "train").rename(tmp_path / "old")
-    write_split(tmp_path / "train", squares(21, side=8))
-    assert "manifest.train: " in refused(words(tmp_path, tmp_path / "run", "--loop.epochs", "1"), capsys)
-
-
-def test_a_folder_of_other_things_is_not_taken_for_a_run(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "thesis.tex").write_text("x")
-    before = snapshot(tmp_path)
-    assert "thesis.tex" in refused(words(shards, tmp_path), capsys)
-    assert snapshot(tmp_path) == before
-
-
-def test_a_run_that_another_process_holds_is_refused_with_its_owner(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    lease = Lease(run_dir)
-    before = snapshot(run_dir)
-    assert f'"pid": {os.getpid()}' in refused(words(shards, run_dir), capsys)
-    assert snapshot(run_dir) == before
-    lease.release()
 
 
 def test_never_moves_the_old_run_aside_whole(shards: Path, tmp_path: Path) -> None:
@@ -312,15 +171,21 @@ def test_sigterm_saves_the_step_it_came_in_and_the_run_goes_on_exactly(
     run_dir = tmp_path / "run"
     argv = words(shards, run_dir, "--data.cache", "none", "--gate.anneal-share", "0")
 
+    is_over = threading.Event()
+
     def strike() -> None:
-        while steps_done(run_dir) < 3 and threading.main_thread().is_alive():
+        while steps_done(run_dir) < 3 and not is_over.is_set():
             pass
-        os.kill(os.getpid(), signal.SIGTERM)
+        if not is_over.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=strike)
     thread.start()
-    assert run_command(main, argv) == 0
-    thread.join()
+    try:
+        assert run_command(main, argv) == 0
+    finally:
+        is_over.set()
+        thread.join()
     assert progress(run_dir)["state"] == "paused"
     assert "SIGTERM: saved, nothing lost" in progress(run_dir)["message"]
     assert progress(run_dir)["step"] == steps_done(run_dir)
@@ -375,11 +240,6 @@ def test_stopped_and_resumed_equals_uninterrupted_whatever_the_recipe(
         torch.use_deterministic_algorithms(False)
     assert state_hash(stopped) == state_hash(whole)
     assert progress(whole)["last_acc1"] is not None
-
-
-def test_an_unwritable_run_dir_is_refused(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "file").touch()
-    assert "cannot be written" in refused(words(shards, tmp_path / "file/run"), capsys)
 
 
 def test_damaged_samples_below_the_limit_are_named_counted_and_left_out(

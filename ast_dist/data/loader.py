@@ -202,7 +202,7 @@ class _Pending:
         images, is_active = self.batch.images, self.batch.is_active
         if is_active.any() and not is_active.all():
             # Padding and damaged rows repeat a sample: a black image would bend this rank's batch statistics.
-            images[~is_active] = images[is_active][0]
+            images[~is_active] = images[int(is_active.nonzero()[0])].clone()
         return self.batch
 
     def cancel(self) -> None:
