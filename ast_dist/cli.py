@@ -18,6 +18,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "status": ("ast_dist.status", "say how a run stands"),
     "make-shards": ("data_prep.make_shards", "turn images into shards with an index"),
     "check-shards": ("data_prep.check_shards", "verify a set of shards, sample by sample"),
+    "compare": ("ast_dist.compare", "train with several policies at equal cost, over seeds"),
     "doctor": ("ast_dist.doctor", "check what this machine can run"),
 }
 

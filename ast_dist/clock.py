@@ -7,12 +7,13 @@ from ast_dist.data.loader import Batch
 
 
 class Span:
-    """A stretch of the run: since when, how many steps and samples, how long the loop waited for data."""
+    """A stretch of the run: since when, how many steps and samples, at what cost, how long it waited for data."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
         self.steps = 0
         self.samples = 0
+        self.cost = 0.0
         self.waited_s = 0.0
 
     @property
@@ -53,11 +54,12 @@ class Clock:
                 return
             yield batch
 
-    def step_done(self, samples: int) -> None:
-        """Count a step of the global batch."""
+    def step_done(self, samples: int, cost: float | None = None) -> None:
+        """Count a step of the global batch. samples: drawn for it. cost: in trained samples, None where all were."""
         for span in (self._process, self._epoch, self._interval):
             span.steps += 1
             span.samples += samples
+            span.cost += samples if cost is None else cost
 
     def saved(self, stall_s: float) -> None:
         """Note a checkpoint and for how long it held up the training."""
@@ -69,8 +71,11 @@ class Clock:
         return time.monotonic() - self._last_save
 
     def seconds_per_sample(self) -> float:
-        """Wall-clock seconds per trained sample in this process, evaluation and saves included."""
-        return self._process.elapsed_s / self._process.samples if self._process.samples else 0.0
+        """Wall-clock seconds per trained sample in this process, evaluation and saves included.
+
+        A scored sample counts as the part of a trained one that it costs.
+        """
+        return self._process.elapsed_s / self._process.cost if self._process.cost else 0.0
 
     def interval_row(self) -> dict[str, float]:
         """The perf keys since the last call or the epoch's start."""

@@ -6,6 +6,7 @@ or devices is validated in `__post_init__`.
 """
 
 import dataclasses
+import difflib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -83,6 +84,8 @@ class ModelConfig:
     """Normalisation: per-rank batch statistics, statistics synchronised across ranks (GPUs only), or groups."""
     width: int = 64
     """Channels of small_cnn's first stage."""
+    stem_stride: Literal[1, 2] = 1
+    """Stride of small_cnn's first stage; 2 halves the side of the images there and the time of a step."""
     channels_last: bool = True
     """Keep images and weights in channels_last memory format."""
 
@@ -110,6 +113,12 @@ class OptimConfig:
     """How the learning rate falls to 0 after the warm-up, as a function of data passes."""
     label_smoothing: float = 0.0
     """Label smoothing of the training loss; significance always uses hard labels."""
+    mixup_alpha: float = 0.0
+    """Mixup: the share of a sample's own image is drawn from Beta(alpha, alpha); 0 is off."""
+    cutmix_alpha: float = 0.0
+    """CutMix: the share of the image that stays is drawn from Beta(alpha, alpha); 0 is off."""
+    mix_share: float = 0.5
+    """Share of the steps that are mixed, where mixup or CutMix is on. Their losses are not remembered by the gate."""
     clip_grad_norm: float = 0.0
     """Largest L2 norm of the gradient; 0 does not clip."""
 
@@ -120,42 +129,100 @@ class OptimConfig:
         _require(self.warmup_epochs >= 0, f"optim.warmup_epochs is {self.warmup_epochs:g}, must be at least 0.")
         _require(0.0 <= self.label_smoothing < 1.0, f"optim.label_smoothing is {self.label_smoothing:g}, not in [0, 1)")
         _require(self.clip_grad_norm >= 0, f"optim.clip_grad_norm is {self.clip_grad_norm:g}, must be at least 0.")
+        for name in ("mixup_alpha", "cutmix_alpha"):
+            value = getattr(self, name)
+            _require(0.0 <= value <= 4.0, f"optim.{name} is {value:g}, not in 0 … 4; published recipes use 0.2 to 1.")
+        _require_share("optim.mix_share", self.mix_share)
+
+
+POLICY_NAMES = ("sundew", "online", "full", "short", "random", "infobatch", "selective_backprop")
+# Those that plan by the losses of earlier training steps.
+REMEMBERING_POLICIES = ("sundew", "infobatch")
 
 
 @dataclass(frozen=True)
 class GateConfig:
-    policy: Literal["sundew", "full"] = "sundew"
-    """Which samples an epoch trains on: sundew selects by remembered significance, full takes all."""
-    target_rate: float = 0.4
-    """Share of the samples that a gated epoch trains on."""
+    policy: str = "sundew"
+    """Which samples are trained: sundew (by remembered significance), online (by a scoring pass, for streams seen
+    once), full (all), short (all, fewer epochs), random, infobatch, selective_backprop, or your own module:Class."""
+    target_rate: float = 0.6
+    """Share of the samples that a gated epoch trains on; short: share of all epochs."""
+    rate_fall: float = 0.0
+    """By how much the rate falls from the first gated epoch to the last; target_rate is its mean."""
     p_min: float = 0.2
-    """Chance that a sample below the threshold is kept all the same; must not exceed target_rate."""
+    """Chance that a sample below the threshold is kept all the same; must not exceed the lowest rate."""
+    weight_cap: float = 1.0
+    """Largest loss weight of kept samples below the threshold, which weigh 1 / p_min up to it; 1 does not re-weight."""
     warmup_epochs: int = 1
     """First epochs, trained on everything."""
     anneal_share: float = 0.1
     """Last share of all epochs, trained on everything."""
+    hard_tail_share: float = 0.0
+    """Samples that stay in this top share with flat loss count as average: likely wrong labels. 0 is off."""
+    hard_tail_visits: int = 4
+    """Visits in a row after which such a sample counts as average."""
+    class_floor: float = 0.0
+    """Share of the rate that every class gets at least; 0 is off."""
     loss_weight: float = 0.7
-    """Weight of the cross-entropy in a sample's significance."""
+    """Weight of the cross-entropy in a sample's significance (infobatch and selective_backprop: the loss alone)."""
     entropy_weight: float = 0.3
     """Weight of the prediction's entropy in a sample's significance."""
     memory_decay: float = 0.0
     """Share of the old value kept when a sample's remembered significance is updated; 0 keeps the newest."""
     ki: float = 0.05
     """Gain of the threshold's integral term."""
+    scoring_px: int = 0
+    """Side of the images in a scoring pass (online, selective_backprop), pixels; 0 scores at data.image_size."""
+    prune_ratio: float = 0.5
+    """infobatch: chance that a sample below the mean loss is left out (r in its paper)."""
+    infobatch_anneal_share: float = 0.125
+    """infobatch: last share of all epochs, trained on everything (1 - delta in its paper)."""
+    loss_history: int = 1024
+    """selective_backprop: losses whose distribution decides (R in its paper)."""
 
     def __post_init__(self) -> None:
+        _require_policy_name(self.policy)
         _require(0.0 < self.target_rate <= 1.0, f"gate.target_rate is {self.target_rate:g}, not in (0, 1].")
+        lowest, highest = self.target_rate - self.rate_fall / 2, self.target_rate + self.rate_fall / 2
         _require(
-            0.0 <= self.p_min <= self.target_rate,
-            f"gate.p_min is {self.p_min:g}, but must lie in 0 … gate.target_rate ({self.target_rate:g}), since the "
+            self.rate_fall == 0.0 or (min(lowest, highest) > 0.0 and max(lowest, highest) <= 1.0),
+            f"gate.rate_fall is {self.rate_fall:g}: rates would go from {highest:g} to {lowest:g}, not in (0, 1]. "
+            f"With gate.target_rate {self.target_rate:g} it may be "
+            f"{2 * min(self.target_rate, 1.0 - self.target_rate):g} at most.",
+        )
+        # The baselines have no random share beside their own.
+        _require(
+            0.0 <= self.p_min <= min(lowest, highest) + 1e-12 or self.policy in POLICY_NAMES[2:],
+            f"gate.p_min is {self.p_min:g}, but must lie in 0 … {min(lowest, highest):g}, the lowest rate, since the "
             "random share is part of the target. Lower gate.p_min or raise gate.target_rate.",
         )
+        _require(0.0 <= self.p_min <= 1.0, f"gate.p_min is {self.p_min:g}, not in [0, 1].")
+        _require(self.weight_cap >= 1.0, f"gate.weight_cap is {self.weight_cap:g}, but must be at least 1.")
         _require(self.warmup_epochs >= 0, f"gate.warmup_epochs is {self.warmup_epochs}, but must be at least 0.")
-        _require_share("gate.anneal_share", self.anneal_share)
+        for name in ("anneal_share", "infobatch_anneal_share", "class_floor"):
+            _require_share(f"gate.{name}", getattr(self, name))
+        _require(
+            0.0 <= self.hard_tail_share < 0.5, f"gate.hard_tail_share is {self.hard_tail_share:g}, not in [0, 0.5)"
+        )
+        _require(self.hard_tail_visits >= 2, f"gate.hard_tail_visits is {self.hard_tail_visits}, must be at least 2.")
         _require(0.0 <= self.memory_decay < 1.0, f"gate.memory_decay is {self.memory_decay:g}, not in [0, 1).")
         _require(self.ki >= 0, f"gate.ki is {self.ki:g}, but must be at least 0.")
         for name in ("loss_weight", "entropy_weight"):
             _require(getattr(self, name) >= 0, f"gate.{name} is {getattr(self, name):g}, but must be at least 0.")
+        _require(self.scoring_px >= 0, f"gate.scoring_px is {self.scoring_px}, but must be at least 0.")
+        _require(0.0 <= self.prune_ratio < 1.0, f"gate.prune_ratio is {self.prune_ratio:g}, not in [0, 1).")
+        _require(self.loss_history >= 1, f"gate.loss_history is {self.loss_history}, but must be at least 1.")
+
+
+def _require_policy_name(name: str) -> None:
+    module, _, class_name = name.partition(":")
+    if name in POLICY_NAMES or (class_name.isidentifier() and all(map(str.isidentifier, module.split(".")))):
+        return
+    near = difflib.get_close_matches(name, POLICY_NAMES, n=1)
+    hint = f"Perhaps you meant {near[0]}. " if near else ""
+    raise UserError(
+        f"gate.policy is {name}: no such policy. {hint}There are: {', '.join(POLICY_NAMES)}, or your own module:Class."
+    )
 
 
 @dataclass(frozen=True)
@@ -252,6 +319,12 @@ class Config:
         _require(bool(self.run_dir), "--run-dir is missing. Name the folder of the run, for instance --run-dir runs/1.")
         for name in ("train", "val"):
             _require(bool(getattr(self.data, name)), f"--data.{name} is missing. Name the folder of the {name} shards.")
+        mixes = max(self.optim.mixup_alpha, self.optim.cutmix_alpha) > 0
+        _require(
+            not (mixes and self.optim.mix_share == 1.0 and self.gate.policy in REMEMBERING_POLICIES),
+            f"optim.mix_share is 1, but gate.policy {self.gate.policy} selects by what it remembers of steps that are "
+            "not mixed, and there would be none. Lower optim.mix_share, to 0.5 for instance, or use another policy.",
+        )
 
 
 # Fields that may change between the sessions of one run, because no trained weight depends on them.

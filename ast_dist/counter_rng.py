@@ -8,7 +8,8 @@ reproduced, since NumPy does not promise the same stream across versions (NEP 19
 
 import numpy as np
 
-_GAMMA = 0x9E3779B97F4A7C15
+GAMMA = 0x9E3779B97F4A7C15
+MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
 _MASK = (1 << 64) - 1
 
 # One purpose, one stream: two draws for the same sample and epoch must not be correlated.
@@ -19,12 +20,13 @@ STREAM_KEEP = 4
 STREAM_DITHER = 5
 STREAM_CONVERT = 6
 STREAM_INIT = 7
+STREAM_MIX = 8
 
 
 def _mix_int(value: int) -> int:
-    value = (value + _GAMMA) & _MASK
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK
+    value = (value + GAMMA) & _MASK
+    value = ((value ^ (value >> 30)) * MULTIPLIERS[0]) & _MASK
+    value = ((value ^ (value >> 27)) * MULTIPLIERS[1]) & _MASK
     return value ^ (value >> 31)
 
 
@@ -44,9 +46,9 @@ def hash_ids(ids: np.ndarray, *words: int) -> np.ndarray:
     """
     with np.errstate(over="ignore"):
         value = np.asarray(ids).astype(np.uint64) ^ np.uint64(hash_key(*words))
-        value = value + np.uint64(_GAMMA)
-        value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        value = value + np.uint64(GAMMA)
+        value = (value ^ (value >> np.uint64(30))) * np.uint64(MULTIPLIERS[0])
+        value = (value ^ (value >> np.uint64(27))) * np.uint64(MULTIPLIERS[1])
         return value ^ (value >> np.uint64(31))
 
 

@@ -1,5 +1,6 @@
 """The world: which rank this is, on which device, and the few collectives that training uses."""
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from ast_dist.errors import UserError
 
 _TIMEOUT = timedelta(minutes=10)
 _GLOO_THREADS = 4
+_CPU = torch.device("cpu")
 _Result = TypeVar("_Result")
 
 
@@ -22,7 +24,8 @@ class World:
     """This process among all.
 
     rank: 0 … size - 1. size: number of processes. local_rank, local_size: the same on this host. restart: how often
-    torchrun has restarted this job. device: where this rank computes.
+    torchrun has restarted this job. device: where this rank computes. carrier: what the host's tensors travel
+    through: a GPU where the group serves nothing else.
     """
 
     rank: int
@@ -31,6 +34,7 @@ class World:
     local_size: int
     restart: int
     device: torch.device
+    carrier: torch.device = _CPU
 
     @classmethod
     def start(cls) -> "World":
@@ -65,6 +69,28 @@ class World:
             device=device,
         )
 
+    @classmethod
+    def current(cls) -> "World":
+        """The process group that the caller has initialised; without one, a group of one, which has no collectives.
+
+        Opens nothing and changes nothing. device: the current GPU where the group serves GPUs and there is one.
+        """
+        env = os.environ
+        if not (dist.is_available() and dist.is_initialized()):
+            return cls(rank=0, size=1, local_rank=0, local_size=1, restart=0, device=_CPU)
+        backends = dist.get_backend_config()
+        has_gpu = "cuda:" in backends and torch.cuda.is_available()
+        device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else _CPU
+        return cls(
+            rank=dist.get_rank(),
+            size=dist.get_world_size(),
+            local_rank=int(env.get("LOCAL_RANK", "0")),
+            local_size=int(env.get("LOCAL_WORLD_SIZE", "1")),
+            restart=int(env.get("TORCHELASTIC_RESTART_COUNT", "0")),
+            device=device,
+            carrier=_CPU if "cpu:" in backends else device,
+        )
+
     @property
     def is_main(self) -> bool:
         """Whether this rank writes: rank 0."""
@@ -75,8 +101,9 @@ class World:
 
         Raises RuntimeError when a peer is lost; torchrun then restarts all ranks.
         """
-        dist.all_reduce(values)
-        return values
+        carried = values if values.device.type != "cpu" else values.to(self.carrier)
+        dist.all_reduce(carried)
+        return values if carried is values else values.copy_(carried)
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value of a picklable object, on every rank."""
@@ -114,24 +141,58 @@ class World:
 
         ids: (n,) int64, scores: (n,) float32, n may differ between ranks. Returns both over all ranks, on the CPU.
         """
-        ids, scores = ids.cpu(), scores.cpu()
+        where = self.carrier
         counts = self.sum(torch.eye(self.size, dtype=torch.int64)[self.rank] * len(ids)).tolist()
         longest = max(counts)
-        padded_ids, padded_scores = torch.zeros(longest, dtype=torch.int64), torch.zeros(longest)
+        padded_ids = torch.zeros(longest, dtype=torch.int64, device=where)
+        padded_scores = torch.zeros(longest, device=where)
         padded_ids[: len(ids)], padded_scores[: len(ids)] = ids, scores
         all_ids = [torch.empty_like(padded_ids) for _ in counts]
         all_scores = [torch.empty_like(padded_scores) for _ in counts]
         dist.all_gather(all_ids, padded_ids)
         dist.all_gather(all_scores, padded_scores)
         return (
-            torch.cat([rows[:count] for rows, count in zip(all_ids, counts, strict=True)]),
-            torch.cat([rows[:count] for rows, count in zip(all_scores, counts, strict=True)]),
+            torch.cat([rows[:count] for rows, count in zip(all_ids, counts, strict=True)]).cpu(),
+            torch.cat([rows[:count] for rows, count in zip(all_scores, counts, strict=True)]).cpu(),
         )
+
+    def sum_later(self, values: Tensor) -> "Later":
+        """Begin to sum a tensor over the ranks, in place; training goes on meanwhile. All ranks must call."""
+        return Later(dist.all_reduce(values, async_op=True), values)
+
+    def gather_later(self, values: Tensor) -> "Later":
+        """Begin to gather a tensor from all ranks; training goes on meanwhile. All ranks must call.
+
+        values: (n,), n the same on every rank. The result is (size · n,), in order of rank.
+        """
+        gathered = values.new_empty(self.size * len(values))
+        return Later(dist.all_gather_into_tensor(gathered, values, async_op=True), gathered, values)
+
+    def exchange_rows(self, rows: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
+        """Send rows to other ranks and receive theirs. All ranks must call.
+
+        rows: (n, …), first those for rank 0, then those for rank 1, and so on. send_counts, receive_counts: how many
+        go to each rank and come from each. Returns the rows received, in order of the rank that sent them.
+        """
+        if self.size == 1:
+            return rows
+        received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
+        dist.all_to_all_single(received, rows, receive_counts, send_counts)
+        return received
 
     def broadcast_buffers(self, module: torch.nn.Module) -> None:
         """Give every rank rank 0's buffers (batch statistics), as DDP does before each forward."""
+        if self.size == 1:
+            return
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for buffer in module.buffers():
-            dist.broadcast(buffer, src=0)
+            by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        for buffers in by_dtype.values():
+            # One message, not one a buffer: a ResNet-50 has 159.
+            flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+            dist.broadcast(flat, src=0)
+            for buffer, part in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+                buffer.copy_(part.view_as(buffer))
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -164,6 +225,42 @@ def _join(backend: str, restart: int) -> None:
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         store = dist.PrefixStore(f"attempt-{restart}", store)
     dist.init_process_group(backend, timeout=_TIMEOUT, store=store, rank=rank, world_size=size)
+
+
+class Later:
+    """A tensor that a collective is filling: the ranks go on, and the host reads it when it is needed.
+
+    work: the collective under way. result: what it fills, on the device. inputs: what it reads.
+    """
+
+    def __init__(self, work: "dist.Work | None", result: Tensor, *inputs: Tensor) -> None:
+        assert work is not None, "this rank is not in the group"
+        self._work = work
+        # The memory must not be given to others while the collective or the copy is under way.
+        self._kept = (result, *inputs)
+        self._event: torch.cuda.Event | None = None
+        self._host = result
+        if result.device.type == "cuda":
+            # On a stream of its own, so that training waits for neither the collective nor the copy.
+            with torch.cuda.stream(_side_stream(result.device)):
+                work.wait()
+                self._host = torch.empty(result.shape, dtype=result.dtype, pin_memory=True)
+                self._host.copy_(result, non_blocking=True)
+                self._event = torch.cuda.Event()
+                self._event.record()
+
+    def get(self) -> Tensor:
+        """The result, on the CPU, once it is there. Raises RuntimeError when a peer is lost."""
+        if self._event is None:
+            self._work.wait()
+        else:
+            self._event.synchronize()
+        return self._host
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 class LaggedRead:

@@ -6,7 +6,8 @@ from ast_dist.config import Config
 from ast_dist.data.cache import make_cache
 from ast_dist.data.index import Index
 from ast_dist.errors import UserError
-from ast_dist.gate.policy import make_policy
+from ast_dist.gate.policy import PolicySetup
+from ast_dist.gate.registry import make_policy, policy_class
 from ast_dist.model import build_model
 
 
@@ -14,7 +15,8 @@ def check_data(config: Config, train: Index, val: Index, world_size: int) -> int
     """Judge configuration and data against each other; return the number of classes.
 
     Raises UserError for a global batch smaller than the world, labels outside the model's classes, splits whose
-    classes differ, or a model that does not exist or does not take images of this size.
+    classes differ, a policy that cannot be imported, or a model that does not exist or does not take
+    images of this size.
     """
     if config.loop.global_batch_size < world_size:
         raise UserError(
@@ -43,37 +45,44 @@ def check_data(config: Config, train: Index, val: Index, world_size: int) -> int
         )
     if config.loop.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("loop.precision is fp16, which is for GPUs, and torch sees none. Use bf16 or fp32.")
+    policy_class(config.gate.policy)
     _check_model(config, num_classes)
     return num_classes
 
 
 def _check_model(config: Config, num_classes: int) -> None:
     """Build the model and pass two images through it, both without memory or arithmetic (torch's meta device)."""
-    kind, size = config.model, config.data.image_size
+    kind = config.model
+    sizes = {"data.image_size": config.data.image_size}
+    if config.gate.scoring_px:
+        sizes["gate.scoring_px"] = config.gate.scoring_px
     if kind.norm == "sync" and not torch.cuda.is_available():
         raise UserError("model.norm is sync, which works on GPUs only, and torch sees none. Use batch or group.")
-    try:
-        with torch.device("meta"), torch.no_grad():
-            build_model(kind, num_classes)(torch.empty(2, 3, size, size))
-    except NotImplementedError:
-        return  # a few models (regnet) cannot be built without memory; the first step will tell
-    except UserError:
-        raise
-    except (AssertionError, RuntimeError, ValueError) as error:
-        raise UserError(
-            f"model.name is {kind.name}, which does not take images of data.image_size {size} "
-            f"({str(error).splitlines()[0].rstrip('.!')}). Change one of the two."
-        ) from None
+    for name, size in sizes.items():
+        try:
+            with torch.device("meta"), torch.no_grad():
+                build_model(kind, num_classes)(torch.empty(2, 3, size, size))
+        except NotImplementedError:
+            return  # a few models (regnet) cannot be built without memory; the first step will tell
+        except UserError:
+            raise
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"model.name is {kind.name}, which does not take images of {name} {size} "
+                f"({str(error).splitlines()[0].rstrip('.!')}). Change one of the two."
+            ) from None
 
 
 def print_dry_run(config: Config, train: Index, val: Index) -> None:
     """Say what a run would do."""
-    policy = make_policy(config.gate, train.num_samples, config.loop.epochs, config.seed)
-    rates = [policy.target_rate(epoch) for epoch in range(config.loop.epochs)]
+    policy = make_policy(PolicySetup(config.gate, train.num_samples, config.loop.epochs, config.seed, train.label))
+    rates = [policy.target_rate(epoch) for epoch in range(policy.epochs)]
     trained = round(sum(rates) * train.num_samples)
     full = config.loop.epochs * train.num_samples
     print(f"train      {train.num_samples:,} samples, {train.num_classes} classes, {train.root}")
     print(f"val        {val.num_samples:,} samples, {val.root}")
     print(f"policy     {config.gate.policy}: about {trained:,} of {full:,} samples trained ({trained / full:.0%})")
+    cost = sum(policy.cost(epoch) for epoch in range(policy.epochs))
+    print(f"cost       about {cost:.2f} epochs of full training, in {policy.epochs} epochs")
     print(f"steps      about {trained // config.loop.global_batch_size:,} of {config.loop.global_batch_size} samples")
     print("dry run: nothing was written")

@@ -1,7 +1,7 @@
 """One optimizer step over a global batch, whatever share of it each rank holds."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,12 @@ from ast_dist.data.loader import Batch, upload
 from ast_dist.distributed import World
 from ast_dist.gate.cost import SampleFlops, count_flops
 from ast_dist.gate.significance import significance
+from ast_dist.mixing import Mix, pair
 from ast_dist.model import Normalize, build_optimizer
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Significance of samples from logits (n, classes) and hard labels (n,).
+Score = Callable[[Tensor, Tensor], Tensor]
 # Votes that the ranks sum at each step, beside the number of active samples.
 VOTE_STOP = 1
 VOTE_SAVE = 2
@@ -28,7 +31,7 @@ NUM_VOTES = 4
 class Meters:
     """Sums over the samples trained since the last reset, on this rank's device.
 
-    loss: float64, nats. correct, active: int64.
+    loss: float64, nats. correct, active: int64. A mixed row is correct where it has the label of its larger share.
     """
 
     loss: Tensor
@@ -41,21 +44,24 @@ class Meters:
         integers = torch.zeros(2, dtype=torch.int64, device=device)
         return cls(torch.zeros((), dtype=torch.float64, device=device), integers[0], integers[1])
 
-    def read(self, world: World) -> tuple[float, float]:
-        """Mean loss (nats) and top-1 (percent) over all ranks. Waits for the device."""
+    def read(self, world: World) -> tuple[float, float] | None:
+        """Mean loss (nats) and top-1 (percent) over all ranks; None where nothing was trained. Waits for the device."""
         correct, active = world.sum(torch.stack([self.correct, self.active])).tolist()
         loss = world.sum(self.loss.clone()).item()
-        return loss / max(active, 1), 100.0 * correct / max(active, 1)
+        return (loss / active, 100.0 * correct / active) if active else None
 
 
 class TrainStep:
     """The model, its optimizer, and the step that trains them.
 
+    score: gives the significance of a batch's rows.
+
     Attributes: module (the bare model), optimizer, scaler, normalize, flops (of one sample), meters.
     """
 
-    def __init__(self, module: nn.Module, config: Config, world: World) -> None:
+    def __init__(self, module: nn.Module, config: Config, world: World, score: Score = significance) -> None:
         self.config = config
+        self.score = score
         self.world = world
         self.module = module.to(world.device)
         self.normalize = Normalize(config.data, world.device, config.model.channels_last)
@@ -81,44 +87,93 @@ class TrainStep:
         dtype = _DTYPES[self.config.loop.precision]
         return torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
-    def __call__(self, batch: Batch, lr: float, *, stop: bool = False, save: bool = False) -> tuple[Tensor, Tensor]:
-        """Train one global batch. All ranks must call it, with their own share, which may be empty.
+    def __call__(
+        self, batch: Batch, lr: float, *, mix: Mix | None = None, stop: bool = False, save: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Vote, and train one global batch. All ranks must call it, with their own share, which may be empty.
 
-        batch: on this rank's device. lr: learning rate of this step. stop, save: this rank's votes.
-
-        The loss on a rank is W · Σ wᵢ·ℓᵢ / G, with W the world size and G the active samples of the whole batch, so
-        that DDP's mean over the ranks is the mean over the samples however they are spread.
+        batch: on this rank's device. lr: learning rate of this step. mix: how its images are mixed, None for not at
+        all; the scores of a mixed step say nothing about samples. stop, save: this rank's votes.
 
         Returns the significance of the batch's rows, (n,) float32, and the votes summed over the ranks, (NUM_VOTES,)
         int64: active samples, then ranks that voted to stop, ranks that voted to save, and damaged samples.
         """
-        optim = self.config.optim
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        votes = self.world.sum(self.votes(batch, stop=stop, save=save))
+        return self.train(batch, lr, votes[0], mix), votes
+
+    def votes(self, batch: Batch, *, stop: bool, save: bool) -> Tensor:
+        """This rank's votes and counts, (NUM_VOTES,) int64 on the batch's device, for the ranks to sum."""
         cast = upload(torch.tensor([0, int(stop), int(save), len(batch.damaged)]), batch.images.device)
         cast[0] = batch.is_active.sum()
-        votes = self.world.sum(cast)
+        return cast
+
+    def train(self, batch: Batch, lr: float, active: Tensor, mix: Mix | None = None) -> Tensor:
+        """Train one global batch. All ranks must call it, with their own share, which may be empty.
+
+        batch, lr, mix: as for a call. active: int64, active samples of the whole batch, G.
+
+        The loss on a rank is W · Σ wᵢ·ℓᵢ / G, with W the world size, so that DDP's mean over the ranks is the mean
+        over the samples however they are spread.
+
+        Returns the significance of the batch's rows, (n,) float32.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        images, other_labels = self.normalize(batch.images), batch.labels
+        if mix:
+            partners = pair(batch.is_active)
+            images, other_labels = mix.images(images, partners), batch.labels[partners]
         with self.autocast:
-            output = self._model(self.normalize(batch.images))
+            output = self._model(images)
         logits = output.float()
-        losses = F.cross_entropy(logits, batch.labels, reduction="none", label_smoothing=optim.label_smoothing)
+        losses = self._losses(logits, batch.labels)
+        if mix:
+            losses = mix.losses(losses, self._losses(logits, other_labels))
         weighted = torch.where(batch.is_active, losses * batch.weights, 0.0)
-        loss = weighted.sum() * (self.world.size / votes[0].clamp_min(1))
+        loss = weighted.sum() * (self.world.size / active.clamp_min(1))
         self.scaler.scale(loss).backward()
-        if optim.clip_grad_norm > 0:
+        if self.config.optim.clip_grad_norm > 0:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.module.parameters(), optim.clip_grad_norm)
+            nn.utils.clip_grad_norm_(self.module.parameters(), self.config.optim.clip_grad_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
         with torch.no_grad():
-            self._measure(logits, batch, losses)
-            gate = self.config.gate
-            scores = significance(logits, batch.labels, gate.loss_weight, gate.entropy_weight)
-        return scores, votes
+            self._measure(logits, other_labels if mix and mix.own_share < 0.5 else batch.labels, batch, losses)
+            return self.score(logits, batch.labels)
 
-    def _measure(self, logits: Tensor, batch: Batch, losses: Tensor) -> None:
-        is_correct = logits.argmax(dim=1) == batch.labels
+    @torch.no_grad()
+    def score_batch(self, batch: Batch) -> Tensor:
+        """Significance of a batch's rows before they are trained, by a forward pass alone. All ranks must call it.
+
+        The model is in evaluation mode: batch statistics are used and not changed, nothing is dropped, and a row's
+        score does not depend on the others'. Every rank uses rank 0's statistics. Images are first brought to
+        `gate.scoring_px` where that is set.
+
+        batch: on this rank's device. Returns (n,) float32 there; the host does not wait for it.
+        """
+        self.world.broadcast_buffers(self.module)
+        self.module.eval()
+        try:
+            with self.autocast:
+                output = self.module(self._for_scoring(self.normalize(batch.images)))
+        finally:
+            self.module.train()
+        return self.score(output.float(), batch.labels).float()
+
+    def _for_scoring(self, images: Tensor) -> Tensor:
+        side = self.config.gate.scoring_px
+        if side in (0, self.config.data.image_size):
+            return images
+        return F.interpolate(images, (side, side), mode="bilinear", antialias=True)
+
+    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """The training loss of every row, (n,) float32."""
+        smoothing = self.config.optim.label_smoothing
+        return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
+
+    def _measure(self, logits: Tensor, labels: Tensor, batch: Batch, losses: Tensor) -> None:
+        is_correct = logits.argmax(dim=1) == labels
         self.meters.loss += torch.where(batch.is_active, losses, 0.0).sum(dtype=torch.float64)
         self.meters.correct += (is_correct & batch.is_active).sum()
         self.meters.active += batch.is_active.sum()
@@ -128,8 +183,8 @@ class TrainStep:
         return self.normalize(torch.zeros((2, 3, size, size), dtype=torch.uint8, device=self.world.device))
 
     def _count_flops(self) -> SampleFlops:
-        labels = torch.zeros(2, dtype=torch.int64, device=self.world.device)
-        return count_flops(self.module, self._empty_images(), labels)
+        images, labels = self._empty_images(), torch.zeros(2, dtype=torch.int64, device=self.world.device)
+        return count_flops(self.module, images, labels, self._for_scoring(images))
 
     @contextlib.contextmanager
     def _unchanged(self) -> Iterator[None]:

@@ -12,7 +12,8 @@ from ast_dist.data.order import epoch_order
 from ast_dist.distributed import World
 from ast_dist.fault.checkpoint import Checkpoints
 from ast_dist.fault.state import TrainState
-from ast_dist.gate.policy import make_policy
+from ast_dist.gate.policy import PolicySetup
+from ast_dist.gate.registry import make_policy
 from benchmarks.timing import synchronize
 from benchmarks.training_step import Workload, make_step, random_batches
 
@@ -49,7 +50,7 @@ def checkpoint_stall(
     commit_ms: fsync, SHA-256 and rename. stall_ms: all of it and what lies between.
     """
     step = make_step(world, workload, batch_size)
-    policy = make_policy(GateConfig(warmup_epochs=0, anneal_share=0.0), workload.num_samples, epochs=10, seed=0)
+    policy = make_policy(PolicySetup(GateConfig(warmup_epochs=0, anneal_share=0.0), workload.num_samples, epochs=10))
     state = TrainState(step.module, step.optimizer, step.scaler, policy, workload.num_samples, seed=0)
     state.plan = policy.plan(0, epoch_order(workload.num_samples, 0, 0))
     batches = random_batches(workload, batch_size, world.device)

@@ -15,7 +15,8 @@ from ast_dist.data.index import Index
 from ast_dist.data.loader import Batch, Loader
 from ast_dist.data.order import Plan
 from ast_dist.distributed import LaggedRead, World
-from ast_dist.gate.policy import make_policy
+from ast_dist.gate.policy import PolicySetup
+from ast_dist.gate.registry import make_policy
 from benchmarks.timing import synchronize
 from benchmarks.training_step import Workload, make_step
 
@@ -94,7 +95,7 @@ def _decode_rate(loader: Loader, batch_size: int, target_s: float) -> float:
 
 def _train(world: World, workload: Workload, loader: Loader, batch_size: int, target_s: float) -> dict[str, float]:
     step = make_step(world, workload, batch_size)
-    policy = make_policy(GateConfig(), workload.num_samples, epochs=10, seed=0)
+    policy = make_policy(PolicySetup(GateConfig(), workload.num_samples, epochs=10))
     lagged, clock = LaggedRead(), Clock()
     batches = endless_batches(loader, batch_size)
     warmup_steps = 2 * loader.config.prefetch_batches

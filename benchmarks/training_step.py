@@ -19,7 +19,8 @@ from ast_dist.config import Config, DataConfig, GateConfig, LoopConfig, ModelCon
 from ast_dist.data.loader import Batch
 from ast_dist.data.order import epoch_order
 from ast_dist.distributed import LaggedRead, World
-from ast_dist.gate.policy import Policy, make_policy
+from ast_dist.gate.policy import Policy, PolicySetup
+from ast_dist.gate.registry import make_policy
 from ast_dist.gate.significance import significance
 from ast_dist.model import build_model
 from ast_dist.step import TrainStep
@@ -70,7 +71,7 @@ def training_step(
         torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     step = make_step(world, workload, batch_size, compiled=compiled)
-    policy = make_policy(GateConfig(), workload.num_samples, epochs=10, seed=0)
+    policy = make_policy(PolicySetup(GateConfig(), workload.num_samples, epochs=10))
     batches = itertools.cycle(random_batches(workload, batch_size, device))
     lagged = LaggedRead()
 
@@ -125,7 +126,7 @@ def gate_per_epoch(num_samples: int, repetitions: int = 5) -> dict[str, Any]:
 
     order_ms is paid without a gate, too; plan_ms and merge_ms are the gate's.
     """
-    policy = make_policy(GateConfig(warmup_epochs=0, anneal_share=0.0), num_samples, epochs=10, seed=0)
+    policy = make_policy(PolicySetup(GateConfig(warmup_epochs=0, anneal_share=0.0), num_samples, epochs=10))
     generator = torch.Generator().manual_seed(0)
     times: dict[str, list[float]] = {"order_ms": [], "plan_ms": [], "merge_ms": []}
     ids = torch.arange(num_samples)

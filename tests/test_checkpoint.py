@@ -22,7 +22,8 @@ from ast_dist.fault.checkpoint import Checkpoints, read
 from ast_dist.fault.commit import DamagedCheckpointError
 from ast_dist.fault.safe_load import _Unpickler
 from ast_dist.fault.state import TrainState, hash_state, join, split
-from ast_dist.gate.policy import Sundew
+from ast_dist.gate.policy import PolicySetup
+from ast_dist.gate.sundew import Sundew
 
 NUM_SAMPLES = 100
 
@@ -41,7 +42,7 @@ def fresh_state(optimizer: str = "sgd", seed: int = 0) -> TrainState:
         "sgd": lambda: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         "adamw": lambda: torch.optim.AdamW(model.parameters(), lr=0.01),
     }
-    gate = Sundew(GateConfig(), NUM_SAMPLES, epochs=10, seed=0)
+    gate = Sundew(PolicySetup(GateConfig(), NUM_SAMPLES, epochs=10))
     return TrainState(model, kinds[optimizer](), torch.amp.GradScaler("cpu", enabled=False), gate, NUM_SAMPLES, seed=0)
 
 

@@ -142,3 +142,20 @@ def test_decoding_is_torchvisions():
     data = jpeg(64, 48, 3)
     expected = decode_image(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
     assert torch.equal(decode(data, 0, "key"), expected)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(("top", "left"), [(0, 0), (3, 5), (-4, 4), (4, -4), (7, 7), (0, 20), (19, 0)])
+def test_a_box_of_the_output_size_is_cut_as_torchvision_cuts_it(top, left, flip):
+    image = torch.randint(1, 256, (3, 20, 24), dtype=torch.uint8)
+    out = torch.full((3, 16, 16), 7, dtype=torch.uint8)
+    crop_resize(image, np.array([top, left, 16, 16]), flip, 16, out)
+    expected = transforms.crop(image, top, left, 16, 16)
+    assert torch.equal(out, expected.flip(-1) if flip else expected)
+
+
+def test_a_box_wholly_outside_the_image_is_black():
+    out = torch.full((3, 16, 16), 7, dtype=torch.uint8)
+    for top, left in ((-20, 0), (0, 30), (25, -40)):
+        crop_resize(torch.ones(3, 20, 24, dtype=torch.uint8), np.array([top, left, 16, 16]), True, 16, out)
+        assert not out.any()

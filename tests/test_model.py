@@ -161,3 +161,17 @@ def test_normalize_takes_mean_and_std_out_of_pixels_in_0_to_1():
     expected = (pixels / 255 - torch.tensor(config.mean).view(3, 1, 1)) / torch.tensor(config.std).view(3, 1, 1)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected)
+
+
+def test_a_strided_stem_halves_the_side_of_the_first_stage_and_keeps_the_rest():
+    plain, strided = small_cnn(), small_cnn(stem_stride=2)
+    images = torch.randn(2, 3, 32, 32)
+    sizes = {}
+    for name, model in (("plain", plain), ("strided", strided)):
+        model.eval()
+        hooks = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+        hooks[0].register_forward_hook(lambda _m, _i, output, name=name: sizes.update({name: output.shape[-1]}))
+        assert model(images).shape == (2, 10)
+    assert sizes == {"plain": 32, "strided": 16}
+    tails = [[p.shape for p in model.parameters()][-14:] for model in (plain, strided)]
+    assert tails[0] == tails[1]

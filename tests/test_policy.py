@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from ast_dist.config import GateConfig
 from ast_dist.data.order import epoch_order
-from ast_dist.gate.policy import Full, Sundew, make_policy
+from ast_dist.gate.policy import Full, PolicySetup
+from ast_dist.gate.registry import make_policy
+from ast_dist.gate.sundew import Sundew
 from ast_dist.gate.threshold import bin_of
 
 COUNT = 4000
@@ -19,7 +21,7 @@ SCORES = np.random.default_rng(0).lognormal(-1.0, 1.5, COUNT).astype(np.float32)
 
 
 def sundew(config=None, count=COUNT, epochs=EPOCHS, seed=0, **options):
-    return Sundew(config or GateConfig(), count, epochs, seed, **options)
+    return Sundew(PolicySetup(config or GateConfig(), count, epochs, seed, **options))
 
 
 def remember(policy, scores=SCORES, epoch=0):
@@ -182,7 +184,7 @@ def test_a_restored_policy_plans_the_same_from_there_on():
 
 
 def test_full_trains_on_everything_in_the_given_order():
-    policy = make_policy(GateConfig(policy="full"), COUNT, EPOCHS, 0)
+    policy = make_policy(PolicySetup(GateConfig(policy="full"), COUNT, EPOCHS))
     assert isinstance(policy, Full)
     order = epoch_order(COUNT, 0, 5)
     assert policy.plan(5, order).ids is order
@@ -194,4 +196,4 @@ def test_full_trains_on_everything_in_the_given_order():
 
 
 def test_the_policy_is_the_one_that_the_configuration_names():
-    assert isinstance(make_policy(GateConfig(policy="sundew"), 10, 2, 0), Sundew)
+    assert isinstance(make_policy(PolicySetup(GateConfig(policy="sundew"), 10, 2)), Sundew)

@@ -9,7 +9,8 @@ from ast_dist.config import Config, DataConfig, GateConfig, ModelConfig, OptimCo
 from ast_dist.data.loader import Batch
 from ast_dist.data.order import epoch_order, rank_share
 from ast_dist.distributed import LaggedRead, World
-from ast_dist.gate.policy import Sundew
+from ast_dist.gate.policy import PolicySetup
+from ast_dist.gate.sundew import Sundew
 from ast_dist.gate.threshold import Threshold
 from ast_dist.model import build_model
 from ast_dist.step import VOTE_DAMAGED, VOTE_STOP, TrainStep
@@ -39,7 +40,7 @@ def thresholds(world: World) -> list[str]:
 def plans(world: World) -> list[str]:
     """Run the policy through a warm-up and three gated epochs, each rank observing its share; return the plans' ids."""
     config = GateConfig(target_rate=0.4, p_min=0.2, anneal_share=0.0)
-    policy = Sundew(config, NUM_SAMPLES, 4, 3, world.rank, world.size, world.sum, world.gather_rows)
+    policy = Sundew(PolicySetup(config, NUM_SAMPLES, 4, 3, None, world.rank, world.size, world.sum, world.gather_rows))
     ids = []
     for epoch in range(4):
         plan = policy.plan(epoch, epoch_order(NUM_SAMPLES, 3, epoch))

@@ -37,7 +37,22 @@ def crop_resize(image: Tensor, box: np.ndarray, flip: bool, size: int, out: Tens
     uint8, written. Inside the image this equals torchvision's v2 resized_crop (bilinear, antialias), bit for bit.
     """
     top, left, height, width = (int(value) for value in box)
+    if (height, width) == (size, size):
+        _cut(image.numpy(), top, left, flip, out.numpy())
+        return
     crop = transforms.crop(image, top, left, height, width)
-    if (height, width) != (size, size):
-        crop = transforms.resize(crop, [size, size], antialias=True)
+    crop = transforms.resize(crop, [size, size], antialias=True)
     out.copy_(crop.flip(-1) if flip else crop)
+
+
+def _cut(image: np.ndarray, top: int, left: int, flip: bool, out: np.ndarray) -> None:
+    """Copy a box as large as `out`. One assignment: torch's crop and flip take ten times as long on small images."""
+    rows = slice(max(0, -top), min(out.shape[1], image.shape[1] - top))
+    columns = slice(max(0, -left), min(out.shape[2], image.shape[2] - left))
+    target = out[:, :, ::-1] if flip else out
+    if rows.stop - rows.start < out.shape[1] or columns.stop - columns.start < out.shape[2]:
+        out[...] = 0
+    if rows.start < rows.stop and columns.start < columns.stop:
+        target[:, rows, columns] = image[
+            :, top + rows.start : top + rows.stop, left + columns.start : left + columns.stop
+        ]

@@ -25,7 +25,7 @@ from ast_dist.data.order import Plan, rank_share, step_ids
 from ast_dist.data.read import DamagedSampleError, Reader
 
 # BatchNorm refuses a single value per channel, and a rank without samples must still take part in the step.
-_MIN_ROWS = 2
+MIN_ROWS = 2
 
 _Crops = Callable[[np.ndarray], augment.Crops]
 
@@ -129,7 +129,7 @@ class Loader:
 
     def _start(self, step: int, global_ids: np.ndarray, global_weights: np.ndarray | None, crops: _Crops) -> "_Pending":
         ids = rank_share(global_ids, self.rank, self.world_size)
-        rows, size = max(len(ids), _MIN_ROWS), self.config.image_size
+        rows, size = max(len(ids), MIN_ROWS), self.config.image_size
         batch = Batch(
             step=step,
             ids=torch.full((rows,), -1, dtype=torch.int64),

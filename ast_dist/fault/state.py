@@ -32,8 +32,9 @@ class TrainState:
     """What a run is at a step boundary.
 
     epoch: epochs done. step_in_epoch: steps done of the present epoch's plan. global_step: steps done in all.
-    plan: what the present epoch trains, None between epochs. counts: the cost ledger's numbers. best_acc1, last_acc1:
-    percent, None before the first evaluation. session: what is about the run's life, not its weights (number of
+    plan: what the present epoch trains, None between epochs. candidates: samples selected and not yet trained, None
+    where none ever wait. counts: the cost ledger's numbers. best_acc1, last_acc1: percent, None before the first
+    evaluation. session: what is about the run's life, not its weights (number of
     sessions, seconds, length of the metrics file).
     """
 
@@ -47,6 +48,7 @@ class TrainState:
     step_in_epoch: int = 0
     global_step: int = 0
     plan: Plan | None = None
+    candidates: Stateful | None = None
     counts: dict[str, int] = field(default_factory=dict)
     best_acc1: float | None = None
     last_acc1: float | None = None
@@ -65,6 +67,7 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             "gate": self.gate.state_dict(),
             "plan": self._plan_state(),
+            "candidates": self.candidates.state_dict() if self.candidates else {},
             _RNG: {str(rank): rng},
             **{name: getattr(self, name) for name in self._PLAIN},
         }
@@ -78,6 +81,8 @@ class TrainState:
         self.optimizer.load_state_dict({"state": slots, "param_groups": groups})
         self.scaler.load_state_dict(state["scaler"])
         self.gate.load_state_dict(state["gate"])
+        if self.candidates:
+            self.candidates.load_state_dict(state["candidates"])
         for name in self._PLAIN:
             setattr(self, name, state[name])
         self.plan = self._restore_plan(state["plan"])
@@ -148,5 +153,6 @@ def hash_state(state: dict[str, Any], *, with_rng: bool = True) -> str:
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        if tensor.numel():  # an empty one that came through NumPy has no stride to be viewed by
+            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

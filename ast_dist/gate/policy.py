@@ -1,182 +1,171 @@
-"""Which samples of an epoch are trained: one interface, one file a policy may be written in."""
+"""Which samples are trained: one interface that a policy of one's own implements in one file.
+
+    class EveryOther(Policy):
+        def target_rate(self, epoch):
+            return 0.5
+
+        def plan(self, epoch, order):
+            return Plan(order[epoch % 2 :: 2])
+
+`--gate.policy mypackage.mymodule:EveryOther` trains with it; so does `Gate(..., policy=EveryOther)`.
+"""
 
 import math
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ast_dist.config import GateConfig
-from ast_dist.counter_rng import STREAM_DITHER, STREAM_KEEP, uniform
-from ast_dist.data.order import Plan, rank_share
+from ast_dist.data.order import Plan
 from ast_dist.gate.memory import GatherRows, SignificanceMemory
-from ast_dist.gate.threshold import AllReduce, Threshold, histogram
+from ast_dist.gate.significance import significance
+from ast_dist.gate.threshold import AllReduce
+
+# A forward pass is a third of a training step: the backward pass takes twice its arithmetic.
+FORWARD_COST = 1.0 / 3.0
 
 
-class Policy(Protocol):
-    """Selects the samples of each epoch.
+@dataclass(frozen=True)
+class PolicySetup:
+    """What a policy is told of the run.
 
-    Every rank calls every method at the same moment; `plan` must return the same on every rank.
+    num_samples: of the training set; ids are 0 … num_samples - 1. epochs: of full training. labels: (num_samples,)
+    int64 or None where they are not known. all_reduce: sums an int64 tensor over the ranks; gather: concatenates
+    rows of all ranks; both None where there is one rank. Every rank has its own rank, and the same of all else.
     """
 
-    def plan(self, epoch: int, order: np.ndarray) -> Plan:
-        """What to train in this epoch, at least one sample, in the order given.
+    config: GateConfig
+    num_samples: int
+    epochs: int
+    seed: int = 0
+    labels: np.ndarray | None = None
+    rank: int = 0
+    world_size: int = 1
+    all_reduce: AllReduce | None = None
+    gather: GatherRows | None = None
 
-        order: (num_samples,) int64, every sample id once.
+
+class Policy:
+    """Selects the samples of each epoch. Subclass it and override `plan`.
+
+    Every rank calls every method at the same moment, and `plan` must return the same on every rank: derive it from
+    the arguments, the setup and the shared memory, never from a global random generator or from the rank.
+
+    Most policies decide before an epoch, from what they remember: skipped samples are not even read. One that decides
+    on batches just read, from a scoring forward pass, says so in `scores_epoch` and overrides `select`.
+    """
+
+    def __init__(self, setup: PolicySetup) -> None:
+        self.setup = setup
+        self.config = setup.config
+        self._report: dict[str, float] = {"rate": 1.0, "rate_target": 1.0}
+
+    @property
+    def epochs(self) -> int:
+        """Epochs that the run will have; the learning rate is fully decayed at the last one's end."""
+        return self.setup.epochs
+
+    def target_rate(self, epoch: int) -> float:
+        """Share of the samples that an epoch is meant to train."""
+        return 1.0
+
+    def scores_epoch(self, epoch: int) -> bool:
+        """Whether an epoch's samples are scored by a forward pass of their own, and thinned by `select`."""
+        return False
+
+    def cost(self, epoch: int) -> float:
+        """Predicted cost of an epoch, in epochs of full training; a scoring forward pass counts as a third."""
+        return self.target_rate(epoch) + (FORWARD_COST if self.scores_epoch(epoch) else 0.0)
+
+    def plan(self, epoch: int, order: np.ndarray) -> Plan:
+        """What this epoch reads (and trains, unless it is scored first), at least one sample, in the order given.
+
+        order: (num_samples,) int64, every sample id once, a random permutation that is the same on every rank.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement plan(epoch, order)")
+
+    def score(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Significance of samples from the model's answer. logits: (n, classes). labels: (n,) int64, hard.
+
+        Returns (n,) float32, nats. Called without gradients, on the model's device.
+        """
+        return significance(logits, labels, self.config.loss_weight, self.config.entropy_weight)
+
+    def select(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """Loss weights of a scored batch's rows, 0 for those that are not trained; where `scores_epoch`.
+
+        ids: (n,) int64 sample ids of this rank's rows (negative: padding). scores: (n,) float32, from `score`. Both
+        on the model's device; do not wait for it. Returns (n,) float32 there.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not implement select(ids, scores)")
+
+    def absorb(self, counts: Tensor) -> None:
+        """Take in the histogram of all ranks' scores of the last batch; where `scores_epoch`.
+
+        counts: (NUM_BINS + 1,) int64 on the CPU, as `threshold.histogram` makes it, summed over the ranks. One batch
+        late, so that summing it overlaps with training.
         """
 
     def observe(self, ids: Tensor, significance: Tensor) -> None:
-        """Note the significance of this rank's samples of one step: (n,) int64 (negative: padding), (n,) float32."""
+        """Note the significance of this rank's trained rows: (n,) int64 (negative: padding), (n,) float32."""
 
     def merge(self, epoch: int) -> None:
         """Share the observations between ranks: at each epoch's end and before each checkpoint."""
 
-    def target_rate(self, epoch: int) -> float:
-        """Share of the samples that this epoch is meant to train."""
-
     def report(self) -> dict[str, float]:
         """Values of the present epoch for the metrics, by their key after `gate/`."""
+        return self._report
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and tensors that later plans depend on, the same on every rank."""
+        return {"report": self._report}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
+        self._report = state["report"]
 
 
-class Full:
-    """Trains on everything: the reference that every saving is measured against."""
+class RememberingPolicy(Policy):
+    """A policy that remembers every sample's significance from when it was last trained, in `memory`."""
 
-    def plan(self, epoch: int, order: np.ndarray) -> Plan:
-        return Plan(order)
-
-    def observe(self, ids: Tensor, significance: Tensor) -> None:
-        pass
-
-    def merge(self, epoch: int) -> None:
-        pass
-
-    def target_rate(self, epoch: int) -> float:
-        return 1.0
-
-    def report(self) -> dict[str, float]:
-        return {"rate": 1.0, "rate_target": 1.0}
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        pass
-
-
-class Sundew:
-    """Soft selection by remembered significance.
-
-    Before an epoch every rank histograms its share of the remembered scores, the histograms are summed over the
-    ranks, and one threshold follows. Samples at or above it are trained, and each sample below it with the chance
-    `p_min`, so that nothing is forgotten for good. The first `warmup_epochs` and the last `anneal_share` of the
-    epochs train everything.
-
-    The random share counts towards the target: with rate r and chance p the threshold lets (r - p) / (1 - p) pass.
-    Samples never seen are kept with the chance `target_rate`, since nothing is known of them.
-
-    Kept samples carry weight 1. Re-weighting the kept easy samples by 1 / p_min was measured to cost 12 points of
-    top-1 on CIFAR-10 (small CNN, 10 epochs, cost 5.2: 67.6 against 79.5 without).
-    """
-
-    def __init__(
-        self,
-        config: GateConfig,
-        num_samples: int,
-        epochs: int,
-        seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        all_reduce: AllReduce | None = None,
-        gather: GatherRows | None = None,
-    ) -> None:
-        self.config = config
-        self.epochs = epochs
-        self.seed = seed
-        self.rank = rank
-        self.world_size = world_size
-        self.memory = SignificanceMemory(num_samples, config.memory_decay)
-        hard_rate = 1.0 if config.p_min >= 1.0 else (config.target_rate - config.p_min) / (1.0 - config.p_min)
-        # A target met by the random share alone leaves no room above the threshold.
-        self.threshold = Threshold(hard_rate, ki=config.ki) if hard_rate > 0 else None
-        self._all_reduce = all_reduce
-        self._gather = gather
-        self._report: dict[str, float] = {"rate": 1.0, "rate_target": 1.0}
-
-    def is_full(self, epoch: int) -> bool:
-        """Whether an epoch trains on everything: warm-up, annealing, or a target of 1."""
-        anneal_epochs = math.floor(self.config.anneal_share * self.epochs + 0.5)
-        is_warmup, is_annealing = epoch < self.config.warmup_epochs, epoch >= self.epochs - anneal_epochs
-        return is_warmup or is_annealing or self.config.target_rate >= 1.0
-
-    def target_rate(self, epoch: int) -> float:
-        return 1.0 if self.is_full(epoch) else self.config.target_rate
-
-    def plan(self, epoch: int, order: np.ndarray) -> Plan:
-        if self.is_full(epoch):
-            self._report = {"rate": 1.0, "rate_target": 1.0}
-            return Plan(order)
-        remembered = self.memory.significance
-        is_seen = np.isfinite(remembered[order])
-        chance = uniform(order, STREAM_KEEP, self.seed, epoch)
-        keep = chance < np.where(is_seen, self.config.p_min, self.config.target_rate)
-        report: dict[str, float] = {}
-        if self.threshold is not None:
-            mine = rank_share(order[is_seen], self.rank, self.world_size)
-            counts = histogram(torch.from_numpy(remembered[mine]))
-            self.threshold.update(self._all_reduce(counts) if self._all_reduce else counts)
-            dither = torch.from_numpy(uniform(order, STREAM_DITHER, self.seed, epoch))
-            is_hard = self.threshold.keep(torch.from_numpy(remembered[order]), dither).numpy()
-            keep |= is_seen & is_hard
-            if is_seen.any():
-                self.threshold.integrate(float(is_hard[is_seen].mean()))
-            report = {"threshold": self.threshold.threshold, "integral": self.threshold.integral}
-            if is_seen.any():
-                report["score_p50"] = self.threshold.median
-        if len(order) and not keep.any():
-            keep[np.argmin(chance)] = True  # an epoch without a step would leave nothing to save or to resume from
-        rate = float(keep.mean()) if len(keep) else 0.0
-        report["scores_non_finite"] = float(self.memory.non_finite)
-        self._report = {"rate": rate, "rate_target": self.config.target_rate, **report}
-        return Plan(order[keep])
+    def __init__(self, setup: PolicySetup) -> None:
+        super().__init__(setup)
+        self.memory = SignificanceMemory(setup.num_samples, setup.config.memory_decay)
 
     def observe(self, ids: Tensor, significance: Tensor) -> None:
         self.memory.observe(ids, significance)
 
     def merge(self, epoch: int) -> None:
-        self.memory.merge(epoch, self._gather)
-
-    def report(self) -> dict[str, float]:
-        return self._report
+        self.memory.merge(epoch, self.setup.gather)
 
     def state_dict(self) -> dict[str, Any]:
-        threshold = self.threshold.state_dict() if self.threshold else {}
-        return {"memory": self.memory.state_dict(), "threshold": threshold, "report": self._report}
+        return {**super().state_dict(), "memory": self.memory.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self.memory.load_state_dict(state["memory"])
-        if self.threshold:
-            self.threshold.load_state_dict(state["threshold"])
-        self._report = state["report"]
 
 
-def make_policy(
-    config: GateConfig,
-    num_samples: int,
-    epochs: int,
-    seed: int,
-    rank: int = 0,
-    world_size: int = 1,
-    all_reduce: AllReduce | None = None,
-    gather: GatherRows | None = None,
-) -> Policy:
-    """Build the policy that `gate.policy` names."""
-    if config.policy == "full":
-        return Full()
-    return Sundew(config, num_samples, epochs, seed, rank, world_size, all_reduce, gather)
+class Full(Policy):
+    """Trains on everything: the reference that every saving is measured against."""
+
+    def plan(self, epoch: int, order: np.ndarray) -> Plan:
+        return Plan(order)
+
+
+def nearest_count(share: float, num_samples: int) -> int:
+    """Number of samples nearest to a share of them, at least one."""
+    return max(1, math.floor(share * num_samples + 0.5))
+
+
+def first_of(order: np.ndarray, rate: float) -> np.ndarray:
+    """The first `rate` of a random order: a random subset of exactly that size, at least one sample."""
+    return order[: nearest_count(rate, len(order))]
+
+
+def weights_of(keep: Tensor) -> Tensor:
+    """Loss weights of a mask: 1 where it holds, 0 elsewhere. keep: (n,) bool. Returns (n,) float32."""
+    return keep.to(torch.float32)

@@ -28,12 +28,16 @@ class Tracker:
     """Fan rows out to metrics.jsonl, the console, W&B and the dashboard; keep progress.json and sessions.jsonl.
 
     run_dir: an existing folder, held by this process. world_size: ranks that train. restart: how often torchrun has
-    restarted this job; 0 is a start by a person, and a new session.
+    restarted this job; 0 is a start by a person, and a new session. epochs: that the run will have, where they are
+    not config.loop.epochs.
     """
 
-    def __init__(self, run_dir: Path | str, config: Config, world_size: int, restart: int = 0) -> None:
+    def __init__(
+        self, run_dir: Path | str, config: Config, world_size: int, restart: int = 0, epochs: int | None = None
+    ) -> None:
         self.run_dir = Path(run_dir)
-        self.console = Console(config.loop.epochs, config.track.quiet)
+        epochs = config.loop.epochs if epochs is None else epochs
+        self.console = Console(epochs, config.track.quiet)
         self._config = config
         self._began = time.monotonic()
         self._history = History(self.run_dir / "metrics.jsonl")
@@ -49,7 +53,7 @@ class Tracker:
         self._progress: dict[str, Any] = {
             **{"state": "running", "epoch": 0, "step": 0, "best_acc1": None, "last_acc1": None, "total_s": 0.0},
             **{"eta_s": None, "checkpoint": None, "checkpoint_at": None, "message": ""},
-            "epochs": config.loop.epochs,
+            "epochs": epochs,
             "sessions": self._start_row["session"],
             "restarts": sum(row["restart"] > 0 for row in starts) + (restart > 0),
             "policy": config.gate.policy,

@@ -1,0 +1,385 @@
+"""The training loop.
+
+The state of a run is (epochs done, steps done of the epoch's plan); everything else follows from it and from the
+checkpoint. All ranks walk through the same loop and meet in its collectives; rank 0 alone writes.
+"""
+
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from ast_dist import run_dir as run_folder
+from ast_dist.candidates import Candidates
+from ast_dist.clock import Clock
+from ast_dist.config import Config
+from ast_dist.counter_rng import STREAM_INIT, hash_key
+from ast_dist.damage import DamageLog
+from ast_dist.data.index import Index
+from ast_dist.data.loader import Batch, Loader
+from ast_dist.data.order import Plan, epoch_order, step_ids
+from ast_dist.distributed import LaggedRead, World
+from ast_dist.evaluate import evaluate
+from ast_dist.fault.checkpoint import Checkpoints, checkpoint_name
+from ast_dist.fault.guard import Guard
+from ast_dist.fault.lease import Lease
+from ast_dist.fault.state import TrainState
+from ast_dist.gate.cost import Ledger
+from ast_dist.gate.policy import FORWARD_COST, Policy, PolicySetup, RememberingPolicy
+from ast_dist.gate.registry import make_policy
+from ast_dist.mixing import Mixer
+from ast_dist.model import build_model, lr_at
+from ast_dist.resources import Resources, open_meter
+from ast_dist.step import VOTE_DAMAGED, VOTE_SAVE, VOTE_STOP, Meters, TrainStep
+from ast_dist.track.tracker import Tracker
+
+_STARTED = time.monotonic()
+
+
+class Trainer:
+    """Everything that one rank needs to train, and the loop."""
+
+    def __init__(self, config: Config, world: World, train: Index, val: Index, num_classes: int) -> None:
+        self.config = config
+        self.world = world
+        self.policy: Policy = make_policy(
+            PolicySetup(
+                config.gate,
+                train.num_samples,
+                config.loop.epochs,
+                config.seed,
+                train.label,
+                world.rank,
+                world.size,
+                world.sum,
+                world.gather_rows,
+            )
+        )
+        # A policy may have fewer epochs than full training: the schedule is its own.
+        self.epochs = self.policy.epochs
+        torch.manual_seed(hash_key(STREAM_INIT, config.seed))
+        self.step = TrainStep(build_model(config.model, num_classes), config, world, self.policy.score)
+        # Ranks draw apart from here on (dropout); what they must agree on is drawn from counters.
+        torch.manual_seed(hash_key(STREAM_INIT, config.seed, 1 + world.rank))
+        self.loader = Loader(train, config.data, world.rank, world.size, world.local_size)
+        self.val_loader = Loader(val, config.data, world.rank, world.size, world.local_size)
+        self.state = TrainState(
+            self.step.module, self.step.optimizer, self.step.scaler, self.policy, train.num_samples, config.seed
+        )
+        self.mixer = Mixer(config.optim, config.seed)
+        self.candidates = Candidates(
+            self.step, self.policy, self.mixer, train.label, world, config.loop.global_batch_size
+        )
+        self.state.candidates = self.candidates
+        self.ledger = Ledger()
+        self.resources = Resources(self.loader, world, open_meter(world.device))
+        self.checkpoints = Checkpoints(
+            run_folder.checkpoints_path(Path(config.run_dir)), world, config.checkpoint.keep_last
+        )
+        deadline = _STARTED + config.session.hours * 3600 if config.session.hours else None
+        self.guard = Guard(config.checkpoint.grace_s, deadline)
+        # Rank 0 alone has one.
+        self.tracker: Tracker | None = None
+        self.lease: Lease | None = None
+        self.damage = DamageLog(config.data.damaged_limit, train.num_samples, str(train.root), world)
+        self.lagged = LaggedRead()
+        # Set by what the ranks agreed on, and so the same on all of them.
+        self._wants_stop = False
+        self._wants_save = False
+        self.clock = Clock()
+
+    def run(self) -> Literal["finished", "paused"]:
+        """Train until all epochs are done or someone asks to stop. Returns the run's state: finished or paused."""
+        state, epochs = self.state, self.epochs
+        while state.epoch < epochs:
+            if state.plan is None:
+                state.plan = self.policy.plan(state.epoch, epoch_order(state.num_samples, state.seed, state.epoch))
+            num_steps = state.plan.num_steps(self.config.loop.global_batch_size)
+            for batch in self.clock.waiting(self._batches(state.plan)):
+                self._train(batch, num_steps)
+                if state.step_in_epoch == num_steps:
+                    break
+                if self._wants_save or self._wants_stop or self._is_save_step():
+                    self.save()
+                if self._wants_stop:
+                    return "paused"
+            self._end_epoch(state.plan)
+            if self._wants_stop and state.epoch < epochs:
+                return "paused"
+        return "finished"
+
+    @property
+    def num_weights(self) -> int:
+        """Parameters of the model."""
+        return sum(parameter.numel() for parameter in self.step.module.parameters())
+
+    def open_tracker(self, run_dir: Path, lease: Lease, checkpoint: str | None) -> None:
+        """Begin this session's reports; rank 0 calls it once the state is the one to go on from."""
+        config, state, world = self.config, self.state, self.world
+        self.lease = lease
+        self.tracker = Tracker(run_dir, config, world.size, world.restart, self.epochs)
+        gated = f", target rate {config.gate.target_rate:g}" if config.gate.policy != "full" else ""
+        cache = "decoded images kept in memory" if self.loader.cache else "no cache"
+        self.tracker.start(
+            checkpoint=checkpoint,
+            resumed_from_step=state.global_step,
+            previous_beat=lease.previous_beat,
+            session=state.session,
+            versions=run_folder.versions(),
+            num_samples=state.num_samples,
+            info={
+                "run": str(run_dir),
+                "data": f"{state.num_samples:,} train, {self.val_loader.index.num_samples:,} val",
+                "model": f"{config.model.name}, {self.num_weights:,} weights, {config.loop.precision}",
+                "policy": config.gate.policy + gated,
+                "ranks": f"{world.size} on {world.device.type}, global batch {config.loop.global_batch_size}",
+                "decoder": f"torch, {self.loader.threads} threads a rank, {cache}",
+            },
+        )
+
+    def resume(self) -> str | None:
+        """Load the newest checkpoint that verifies, if there is one, and return its name."""
+        checkpoint = self.checkpoints.find()
+        if checkpoint is None:
+            return None
+        self.checkpoints.load(checkpoint, self.state)
+        self.ledger = Ledger(**self.state.counts)
+        self._read_candidates()
+        self.resources.load(self.state.session.get("resources", {}))
+        return checkpoint.name
+
+    @property
+    def is_saved(self) -> bool:
+        """Whether the newest checkpoint is of the present step: a disk may have refused it."""
+        return self.checkpoints.newest == checkpoint_name(self.state.global_step)
+
+    def save(self, val_acc1: float | None = None) -> None:
+        """Commit a checkpoint; all ranks must call. val_acc1: percent, where exactly this state was evaluated."""
+        began = time.monotonic()
+        self._settle()
+        self.policy.merge(self.state.epoch)
+        self.state.counts = self.ledger.to_dict()
+        self.resources.tally()
+        if self.tracker:
+            times = {"total_s": self.tracker.total_s, "history_bytes": self.tracker.history_bytes}
+            self.state.session = {**times, "resources": self.resources.to_dict()}
+        self.checkpoints.save(self.state, val_acc1)
+        self._wants_save = False
+        self.clock.saved(time.monotonic() - began)
+        self.report_progress()
+
+    def report_progress(self) -> None:
+        """Tell progress.json where the run is."""
+        if self.tracker:
+            state = self.state
+            self.tracker.progress(
+                epoch=state.epoch,
+                step=state.global_step,
+                best_acc1=state.best_acc1,
+                last_acc1=state.last_acc1,
+                eta_s=self._eta_s(),
+                checkpoint=self.checkpoints.newest,
+            )
+
+    def close(self) -> None:
+        """Stop threads and give the signals back."""
+        self.loader.close()
+        self.val_loader.close()
+        self.resources.close()
+        self.guard.close()
+
+    def _read_candidates(self) -> None:
+        """Read what waited to be trained when the checkpoint was taken; its pixels follow from seed, epoch and id."""
+        waiting = self.candidates.ids
+        if len(waiting):
+            [batch] = self.loader.train_batches(Plan(waiting), len(waiting), self.state.seed, self.state.epoch)
+            for text in self.candidates.restore(batch):
+                self.ledger.damaged += 1
+                if self.world.is_main:
+                    warnings.warn(f"damaged since it was selected, and left out: {text}", RuntimeWarning, stacklevel=2)
+
+    def _batches(self, plan: Plan) -> Iterator[Batch]:
+        state, loop = self.state, self.config.loop
+        return self.loader.train_batches(plan, loop.global_batch_size, state.seed, state.epoch, state.step_in_epoch)
+
+    def _train(self, host_batch: Batch, num_steps: int) -> None:
+        """One step, and its reports."""
+        state, config = self.state, self.config
+        lr = self._lr(num_steps)
+        every_s = config.checkpoint.every_s
+        save_due = self.world.is_main and every_s > 0 and self.clock.since_save_s() >= every_s
+        wishes = {"stop": self.guard.wants_stop, "save": save_due}
+        trained, scored = host_batch.planned, 0
+        if self._is_scored:
+            assert state.plan is not None
+            global_ids = step_ids(state.plan.ids, host_batch.step, config.loop.global_batch_size)
+            trained, votes_before = self.candidates.advance(host_batch, global_ids, lr, state.epoch, **wishes)
+            scored = host_batch.planned
+        else:
+            batch = host_batch.to(self.world.device)
+            mix = self.mixer.draw(state.epoch, state.step_in_epoch, batch.images.shape[-1])
+            scores, votes = self.step(batch, lr, mix=mix, **wishes)
+            # Rows that did not train must not be remembered, nor scores of two samples at once.
+            self.policy.observe(torch.where(batch.is_active & (mix is None), batch.ids, -1), scores)
+            votes_before = self.lagged.swap(votes)
+        state.step_in_epoch += 1
+        state.global_step += 1
+        self._count(trained, scored)
+        if self.lease:
+            self.lease.beat(state.global_step)
+        self.damage.note(host_batch.damaged)
+        self._agree(votes_before)
+        self.clock.step_done(host_batch.planned, trained + FORWARD_COST * scored)
+        if self.tracker and self.clock.is_first_step:
+            self.tracker.first_step()
+        if state.global_step % config.track.every_steps == 0:
+            self._report_step(lr, num_steps)
+
+    @property
+    def _is_scored(self) -> bool:
+        """Whether the present epoch's batches are scored before they are trained."""
+        return self.policy.scores_epoch(self.state.epoch)
+
+    def _lr(self, num_steps: int) -> float:
+        """Learning rate of the present step, or of the last one once all are done."""
+        step = min(self.state.step_in_epoch, num_steps - 1)
+        # The middle of the step: neither the first nor the last step of a run has a learning rate of 0.
+        return lr_at((self.state.epoch + (step + 0.5) / num_steps) / self.epochs, self.epochs, self.config.optim)
+
+    def _is_save_step(self) -> bool:
+        every_steps = self.config.checkpoint.every_steps
+        return every_steps > 0 and self.state.global_step % every_steps == 0
+
+    def _count(self, trained: int, scored: int) -> None:
+        """Advance the ledger to the present position; the skipped samples of an epoch count as its steps pass."""
+        state, ledger = self.state, self.ledger
+        ledger.forwarded += trained
+        ledger.backwarded += trained
+        ledger.scored += scored
+        assert state.plan is not None
+        in_plan = len(state.plan.ids)
+        consumed = min(state.step_in_epoch * self.config.loop.global_batch_size, in_plan)
+        ledger.full_equivalent = round(state.num_samples * (state.epoch + consumed / in_plan))
+
+    def _settle(self) -> None:
+        """Wait for what the last step left under way, and take it in."""
+        self._agree(self.lagged.flush())
+        self._agree(self.candidates.settle())
+
+    def _agree(self, votes: list[int] | None) -> None:
+        """Take in a step's summed votes: all ranks read the same ones at the same place in the loop."""
+        if votes is None:
+            return
+        self._wants_stop |= votes[VOTE_STOP] > 0
+        self._wants_save |= votes[VOTE_SAVE] > 0
+        damaged = votes[VOTE_DAMAGED]
+        self.ledger.damaged += damaged
+        if self._is_scored:
+            self.ledger.scored -= damaged
+        else:
+            self.ledger.forwarded -= damaged
+            self.ledger.backwarded -= damaged
+        self._tell_damaged(self.damage.agree(damaged))
+
+    def _tell_damaged(self, damaged: list[str]) -> None:
+        if self.tracker:
+            for text in damaged:
+                self.tracker.warn(f"damaged sample left out: {text}")
+
+    def _end_epoch(self, plan: Plan) -> None:
+        """Share what was remembered, evaluate, report, save."""
+        state, loop = self.state, self.config.loop
+        self._settle()
+        lr = self._lr(plan.num_steps(loop.global_batch_size))
+        self._count(self.candidates.drain(lr, state.epoch), 0)
+        self.damage.epoch_done()
+        self.policy.merge(state.epoch)
+        report = self._gate_report() | self.clock.epoch_trained()
+        self.candidates.epoch_done()
+        if self.mixer.is_on and isinstance(self.policy, RememberingPolicy) and not self._is_scored:
+            share = self.mixer.whole_share(state.epoch, len(plan.ids), loop.global_batch_size)
+            report["gate/observed_share"] = share
+        state.epoch += 1
+        state.step_in_epoch = 0
+        state.plan = None
+        self.ledger.full_equivalent = state.num_samples * state.epoch
+        scores: dict[str, float] = {}
+        if state.epoch % loop.eval_every_epochs == 0 or state.epoch == self.epochs:
+            scores, damaged = evaluate(
+                self.step.module,
+                self.val_loader,
+                self.world,
+                self.step.normalize,
+                loop.global_batch_size,
+                self.step.autocast,
+            )
+            self._tell_damaged(damaged)
+            state.last_acc1 = scores["val/acc1"]
+            state.best_acc1 = max(state.last_acc1, state.best_acc1 or 0.0)
+        self.resources.tally()
+        timing = self.clock.epoch_done()
+        if self.tracker:
+            self.tracker.epoch(
+                {
+                    "epoch": state.epoch,
+                    "global_step": state.global_step,
+                    "progress/epoch": float(state.epoch),
+                    **report,
+                    **self._costs(),
+                    "cost/samples_planned": len(plan.ids),
+                    "cost/samples_forwarded": self.ledger.forwarded,
+                    "cost/samples_backwarded": self.ledger.backwarded,
+                    "cost/samples_scored": self.ledger.scored,
+                    **self.resources.row(),
+                    **scores,
+                    **timing,
+                    "progress/eta_h": self._eta_s() / 3600,
+                }
+            )
+        self.save(scores.get("val/acc1"))
+
+    def _report_step(self, lr: float, num_steps: int) -> None:
+        means = self.step.meters.read(self.world)
+        self.step.meters = Meters.zero(self.world.device)
+        timing = self.clock.interval_row()
+        if self.tracker:
+            state = self.state
+            trained = dict(zip(("train/loss", "train/acc1_selected"), means, strict=True)) if means else {}
+            self.tracker.step(
+                {
+                    "global_step": state.global_step,
+                    "progress/epoch": state.epoch + state.step_in_epoch / num_steps,
+                    **trained,
+                    "train/lr": lr,
+                    **self._gate_report(),
+                    **self._costs(),
+                    **timing,
+                    "progress/eta_h": self._eta_s() / 3600,
+                }
+            )
+
+    def _gate_report(self) -> dict[str, float]:
+        """The policy's values; what was selected of scored batches is known here alone."""
+        report = dict(self.policy.report())
+        if self._is_scored:
+            report.pop("rate", None)
+            report |= self.candidates.report()
+        return {f"gate/{key}": value for key, value in report.items()}
+
+    def _costs(self) -> dict[str, float]:
+        return {
+            "cost/samples_skipped": self.ledger.samples_skipped,
+            "cost/flops_saved": self.ledger.flops_saved(self.step.flops),
+        }
+
+    def _eta_s(self) -> float:
+        """Seconds left at this session's pace, by the cost of what the policy still means to do."""
+        state = self.state
+        passes = sum(self.policy.cost(epoch) for epoch in range(state.epoch, self.epochs))
+        if state.plan is not None:
+            done = state.step_in_epoch / state.plan.num_steps(self.config.loop.global_batch_size)
+            passes -= done * self.policy.cost(state.epoch)
+        return passes * state.num_samples * self.clock.seconds_per_sample()
