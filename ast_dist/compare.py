@@ -24,9 +24,10 @@ import yaml
 
 from ast_dist import compare_plot, compare_rows
 from ast_dist import run_dir as run_folder
+from ast_dist.command_line import parse
 from ast_dist.compare_budget import Prediction, predict, settings_at_cost
 from ast_dist.compare_jobs import Jobs, Run, RunFailed, RunPaused
-from ast_dist.config import Config, differences, parse
+from ast_dist.config import Config, differences
 from ast_dist.data.index import Index
 from ast_dist.errors import UserError, run_command
 from ast_dist.fault.lease import Lease

@@ -13,7 +13,8 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from ast_dist import run_dir as run_folder
 from ast_dist.allocator import keep_freed_memory
-from ast_dist.config import Config, parse
+from ast_dist.command_line import parse
+from ast_dist.config import Config
 from ast_dist.data.index import Index
 from ast_dist.distributed import World
 from ast_dist.errors import run_command

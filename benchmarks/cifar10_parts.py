@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ast_dist.config import parse
+from ast_dist.command_line import parse
 from ast_dist.data.index import Index
 from ast_dist.data.loader import Loader
 from ast_dist.data.order import Plan, epoch_order

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ast_dist.config import parse
+from ast_dist.command_line import parse
 from ast_dist.data.index import Index
 from ast_dist.data.loader import Batch
 from ast_dist.data.order import Plan, epoch_order
@@ -109,7 +109,6 @@ def run(world: World, shards: Path, run_dir: Path, scenario: str, *more: str) ->
         "waiting_at_start": waiting,
         "waiting_at_end": trainer.candidates.ids.tolist(),
         "counts": trainer.ledger.to_dict(),
-        "report": trainer.policy.report(),
     }
 
 

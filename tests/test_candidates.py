@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ast_dist.config import parse
+from ast_dist.command_line import parse
 from ast_dist.data.index import Index
 from ast_dist.data.loader import Loader
 from ast_dist.data.order import Plan, epoch_order
@@ -190,9 +190,8 @@ def test_another_world_goes_on_with_what_waited_at_the_checkpoint(worlds: Any, w
     assert before + global_batches(worlds[world_size], f"{scenario}-resumed") == expected
 
 
-def test_scores_that_are_no_number_are_trained_and_counted(worlds: Any) -> None:
+def test_scores_that_are_no_number_are_trained(worlds: Any) -> None:
     batches = global_batches(worlds[1], "online")
     trained = {sample_id for epoch, batch in batches for sample_id, _ in batch if epoch == 1}
     unknown = {i for i in range(NUM_SAMPLES) if i % 29 == 3 and i not in DAMAGED}
     assert unknown <= trained
-    assert worlds[1][0]["online"]["report"]["scores_non_finite"] >= 0

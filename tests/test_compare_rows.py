@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from ast_dist import compare_plot
+from ast_dist.command_line import parse
 from ast_dist.compare_budget import predict, settings_at_cost
 from ast_dist.compare_rows import Outcome, add_leads, aggregate, markdown, outcome, print_table, remarks, verdicts
-from ast_dist.config import Config, parse
+from ast_dist.config import Config
 from ast_dist.errors import UserError
 from ast_dist.result_file import describe_result
 

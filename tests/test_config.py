@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 import ast_dist.config
-from ast_dist.config import Config, differences, parse, preset_names, to_dict
+from ast_dist.command_line import parse, preset_names
+from ast_dist.config import Config, differences, to_dict
 from ast_dist.errors import UserError, run_command
 
 SOURCE = Path(ast_dist.config.__file__)
@@ -100,8 +101,8 @@ class TestYaml:
             ("track: {wandb_project: two words}", "track", "wandb_project", "two words"),
             ("gate.target_rate: 0.33", "gate", "target_rate", 0.33),
             ("gate: {target-rate: 0.33}", "gate", "target_rate", 0.33),
-            ("gate:\n  # all of it commented out\n", "gate", "target_rate", 0.4),
-            ("# nothing\n", "gate", "target_rate", 0.4),
+            ("gate:\n  # all of it commented out\n", "gate", "target_rate", 0.6),
+            ("# nothing\n", "gate", "target_rate", 0.6),
         ],
     )
     def test_values_arrive_as_they_are_meant(self, in_yaml, text, section, name, value):
@@ -187,7 +188,7 @@ class TestMistakes:
             *("model.num-classes=-1", "model.width=12", "model.width=0"),
             *("optim.lr=0", "optim.lr=nan", "optim.momentum=1", "optim.weight-decay=-1", "optim.warmup-epochs=-1"),
             *("optim.label-smoothing=1", "optim.clip-grad-norm=-1"),
-            *("gate.target-rate=0", "gate.target-rate=1.01", "gate.p-min=0.5", "gate.p-min=-0.1", "gate.ki=-1"),
+            *("gate.target-rate=0", "gate.target-rate=1.01", "gate.p-min=0.7", "gate.p-min=-0.1", "gate.ki=-1"),
             *("gate.warmup-epochs=-1", "gate.anneal-share=1.1", "gate.memory-decay=1", "gate.loss-weight=-1"),
             *("loop.epochs=0", "loop.global-batch-size=0", "loop.eval-every-epochs=0"),
             *("checkpoint.every-s=-1", "checkpoint.every-steps=-1", "checkpoint.keep-last=0", "checkpoint.grace-s=0"),

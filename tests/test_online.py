@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ast_dist.config import GateConfig, parse
+from ast_dist.command_line import parse
+from ast_dist.config import GateConfig
 from ast_dist.data.index import Index
 from ast_dist.distributed import World
 from ast_dist.errors import run_command
