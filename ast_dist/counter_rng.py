@@ -21,6 +21,7 @@ STREAM_DITHER = 5
 STREAM_CONVERT = 6
 STREAM_INIT = 7
 STREAM_MIX = 8
+STREAM_WORKER = 9
 
 
 def _mix_int(value: int) -> int:

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler, default_collate
 
-from ast_dist.counter_rng import STREAM_CROP, hash_key
+from ast_dist.counter_rng import STREAM_WORKER, hash_key
 from ast_dist.data.order import Plan, rank_share, step_ids
 from ast_dist.errors import UserError
 
@@ -102,7 +102,7 @@ class GateLoader:
         collate = _CollateWithIds(options.pop("collate_fn", None) or default_collate)
         if options.get("generator") is None:
             # One of its own: drawing seeds from the global one would shift a resumed run's dropout.
-            key = hash_key(STREAM_CROP, *seed, batches.start_batch, batches.rank)
+            key = hash_key(STREAM_WORKER, *seed, batches.start_batch, batches.rank)
             options["generator"] = torch.Generator().manual_seed(key)
         self._batches: DataLoader[Any] = DataLoader(
             _WithIds(dataset), batch_sampler=batches, collate_fn=collate, **options

@@ -17,7 +17,7 @@ from ast_dist.data.order import Plan, epoch_order
 from ast_dist.distributed import World
 from ast_dist.errors import UserError
 from ast_dist.gate.draw import upload
-from ast_dist.gate.policy import Policy, PolicySetup, RememberingPolicy
+from ast_dist.gate.policy import Policy, PolicySetup, RememberingPolicy, checked_plan
 from ast_dist.gate.registry import policy_class
 from ast_dist.own_loader import GateLoader, RankBatches, check_request, loss_scales
 
@@ -40,7 +40,7 @@ class Gate:
     gated epoch trains on. policy: a name that `--gate.policy` takes, `module:Class`, or a subclass of
     `ast_dist.gate.policy.Policy`; policies that score batches just read (online, selective_backprop) need a training
     step of their own and are refused. epochs: length of the training, for what depends on its end: without it nothing
-    is annealed (`anneal_share` is 0), and `rate_fall` and the policy `short` are refused. labels: (num_samples,)
+    is annealed, and `rate_fall` and the policy `short` are refused. labels: (num_samples,)
     class numbers, for `class_floor`. seed: of order and selection. options: any other field of
     `ast_dist.config.GateConfig`, such as `p_min` or `warmup_epochs`.
 
@@ -50,7 +50,7 @@ class Gate:
     def __init__(
         self,
         num_samples: int,
-        target_rate: float = 0.4,
+        target_rate: float = GateConfig.target_rate,
         *,
         policy: str | type[Policy] = "sundew",
         epochs: int | None = None,
@@ -215,8 +215,6 @@ class Gate:
         if self._world.size > 1 and not self._is_merged:
             raise RuntimeError("observations wait to be shared: call gate.merge() on every rank before state_dict()")
         self.merge()
-        is_planned = np.zeros(self.num_samples, dtype=bool)
-        is_planned[self._plan.ids] = True
         weights = self._plan.weights
         return {
             "num_samples": self.num_samples,
@@ -224,7 +222,7 @@ class Gate:
             "policy_name": self._policy.config.policy,
             "policy": _plain(self._policy.state_dict()),
             "epoch": self._epoch,
-            "plan": torch.from_numpy(np.packbits(is_planned)),
+            "plan": torch.from_numpy(self._plan.bits(self.num_samples)),
             "plan_weights": None if weights is None else torch.tensor(weights),
             "global_batch_size": self._global_batch_size,
             "samples_skipped": self.samples_skipped,
@@ -249,10 +247,10 @@ class Gate:
                 )
         self._policy.load_state_dict(state["policy"])
         self._epoch = state["epoch"]
-        keep = np.unpackbits(state["plan"].cpu().numpy(), count=self.num_samples).astype(bool)
         order = epoch_order(self.num_samples, self.seed, self._epoch or 0)
         weights = state["plan_weights"]
-        self._plan = Plan(order[keep[order]], None if weights is None else weights.cpu().numpy().copy())
+        weights = None if weights is None else weights.cpu().numpy().copy()
+        self._plan = Plan.from_bits(state["plan"].cpu().numpy(), order, weights)
         self._global_batch_size = state["global_batch_size"]
         self.samples_skipped = state["samples_skipped"]
         self._unscored = state["samples_unscored"]
@@ -284,14 +282,7 @@ class Gate:
 
     def _plan_epoch(self, epoch: int) -> None:
         order = epoch_order(self.num_samples, self.seed, epoch)
-        plan = self._policy.plan(epoch, order)
-        keep = np.zeros(self.num_samples, dtype=bool)
-        keep[plan.ids] = True
-        if not len(plan.ids) or not np.array_equal(order[keep[order]], plan.ids):
-            raise UserError(
-                f"policy {self._policy.config.policy} planned {len(plan.ids)} samples for epoch {epoch}, but a plan "
-                "holds at least one sample, each once, in the order given."
-            )
+        plan = checked_plan(self._policy, epoch, order)
         if self._world.size > 1:
             digests = torch.zeros(self._world.size, dtype=torch.int64)
             digests[self._world.rank] = int(plan.id[:15], 16)
@@ -342,7 +333,7 @@ class Gate:
 def _gate_config(
     policy: str | type[Policy], target_rate: float, epochs: int | None, options: dict[str, Any]
 ) -> GateConfig:
-    """The gate's settings, with nothing that depends on an end nobody knows."""
+    """The gate's settings, none of which depends on an end that nobody knows."""
     for name in options:
         if name not in _OPTIONS:
             near = difflib.get_close_matches(name, _OPTIONS, n=1)
@@ -358,7 +349,6 @@ def _gate_config(
         if name == "short" or needing:
             what = "policy short" if name == "short" else needing[0]
             raise UserError(f"{what} needs to know when training ends: give Gate(…, epochs=…).")
-        options = {**options, "anneal_share": 0.0}
     return GateConfig(policy=name, target_rate=target_rate, **options)
 
 

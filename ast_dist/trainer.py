@@ -28,7 +28,7 @@ from ast_dist.fault.guard import Guard
 from ast_dist.fault.lease import Lease
 from ast_dist.fault.state import TrainState
 from ast_dist.gate.cost import Ledger
-from ast_dist.gate.policy import FORWARD_COST, Policy, PolicySetup, RememberingPolicy
+from ast_dist.gate.policy import FORWARD_COST, Policy, PolicySetup, RememberingPolicy, checked_plan
 from ast_dist.gate.registry import make_policy
 from ast_dist.mixing import Mixer
 from ast_dist.model import build_model, lr_at
@@ -96,7 +96,8 @@ class Trainer:
         state, epochs = self.state, self.epochs
         while state.epoch < epochs:
             if state.plan is None:
-                state.plan = self.policy.plan(state.epoch, epoch_order(state.num_samples, state.seed, state.epoch))
+                order = epoch_order(state.num_samples, state.seed, state.epoch)
+                state.plan = checked_plan(self.policy, state.epoch, order)
             num_steps = state.plan.num_steps(self.config.loop.global_batch_size)
             for batch in self.clock.waiting(self._batches(state.plan)):
                 self._train(batch, num_steps)

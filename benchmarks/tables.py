@@ -161,7 +161,7 @@ TABLES: dict[str, Table] = {
         ),
     ),
     "threshold-cost": Table(
-        "threshold",
+        "gate_cost",
         "cost",
         (
             Column("model", "model", _text),

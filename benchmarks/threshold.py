@@ -1,13 +1,12 @@
 """The gate's threshold against other rules: `python -m benchmarks.threshold [TRACES…] [--data TRAIN]`.
 
-Four parts, each a measure of benchmarks/results/threshold.json; benchmarks.threshold_measures defines the figures.
+Three parts, each a measure of benchmarks/results/threshold.json; benchmarks.threshold_measures defines the figures.
 
 - replay: every rule on every trace, on one rank. TRACES are .npz files (`sig` steps × batch, `spe` steps an epoch,
   `drop` the step of a learning-rate drop). Fresh ones are recorded first by benchmarks.threshold_traces.
 - closed_loop: the rule decides which samples train the model whose scores it sees.
 - ranks: a batch dealt to 1 … 1,024 simulated ranks, also in runs of the batch sorted by label or by significance;
   one threshold for all of them, or a controller on each.
-- cost: what the gate takes of a training step on this machine.
 
 summary holds the worst of each figure over fresh traces and closed loops, summary_given over TRACES. Bins, memory and
 gain of our rule were chosen on three CIFAR-10 traces at batch 128 (given as TRACES) and on the digits; nothing was
@@ -26,17 +25,12 @@ import torch
 from tyro.conf import Positional
 
 from ast_dist.arguments import parse_arguments
-from ast_dist.distributed import World
 from ast_dist.errors import UserError, run_command
-from ast_dist.gate.significance import significance
-from ast_dist.gate.threshold import Threshold, histogram
 from benchmarks import tables
 from benchmarks.result import RESULTS, ResultFile
 from benchmarks.threshold_measures import Log, measures, own_ranks, replay, shared_ranks, worst
 from benchmarks.threshold_rules import KAGGLE_AGGRESSIVE, KAGGLE_ULTRA, RULES, Ours
 from benchmarks.threshold_traces import PLAN, Images, Trace, load_images, load_trace, record_all, train
-from benchmarks.timing import median_ms
-from benchmarks.training_step import Workload, make_step, random_batches
 
 TARGETS = (0.1, 0.2, 0.4)
 LOOP_TARGET = 0.2
@@ -60,8 +54,6 @@ class Arguments:
     """Images that the fresh traces' models are trained on."""
     epoch_share: float = 1.0
     """Shortens all trainings, for a quick look."""
-    cost: bool = True
-    """Time the gate beside a training step, too."""
     out: Path = RESULTS
     """Folder of the result file."""
 
@@ -85,8 +77,6 @@ def main(argv: list[str]) -> int:
     result = ResultFile(
         arguments.out / "threshold.json", "threshold", " ".join(["python -m benchmarks.threshold", *words])
     )
-    if arguments.cost:
-        _add(result, cost())
     fresh = []
     for trace in record_all(images, arguments.epoch_share):
         fresh.append(trace)
@@ -101,42 +91,6 @@ def main(argv: list[str]) -> int:
     print()
     print(tables.render_all(result.content))
     return 0
-
-
-def cost(batch_size: int = 256, image_px: int = 32) -> dict[str, Any]:
-    """Time the gate beside a bf16 training step of small_cnn (width 64) on this machine. Returns a row.
-
-    gate_share: significance, histogram, update and keep over the whole step. all_reduce_bytes: what a rank sends.
-    """
-    world = World.start()
-    workload = Workload("small_cnn", image_px, 10, 50_000)
-    step, batch = make_step(world, workload, batch_size), random_batches(workload, batch_size, world.device)[0]
-    logits = torch.randn(batch_size, 10, device=world.device)
-    scores, threshold = significance(logits, batch.labels), Threshold(0.4)
-    threshold.step(scores, ids=batch.ids)
-    dither = torch.rand(batch_size, device=world.device)
-    bins = threshold.bins
-    counts = histogram(scores, bins)
-    parts = {
-        "significance_ms": median_ms(lambda: significance(logits, batch.labels), world.device),
-        "histogram_ms": median_ms(lambda: histogram(scores, bins), world.device),
-        "update_ms": median_ms(lambda: threshold.update(counts, bins), world.device),
-        "keep_ms": median_ms(lambda: threshold.keep(scores, dither), world.device),
-    }
-    step_ms = median_ms(lambda: step(batch, 0.01), world.device, target_s=3.0)
-    world.close()
-    return {
-        "measure": "cost",
-        "device": world.device.type,
-        "model": "small_cnn",
-        "batch": batch_size,
-        "image_px": image_px,
-        **parts,
-        "gate_ms": sum(parts.values()),
-        "step_ms": step_ms,
-        "gate_share": sum(parts.values()) / step_ms,
-        "all_reduce_bytes": counts.numel() * counts.element_size(),
-    }
 
 
 def _replay(result: ResultFile, traces: list[Trace], source: str) -> None:

@@ -42,6 +42,13 @@ class EvenIds(RememberingPolicy):
         return (ids % 2 == 0).float()
 
 
+class EveryId(EvenIds):
+    """Another that scores and selects all the same."""
+
+    def select(self, ids: Tensor, scores: Tensor) -> Tensor:
+        return torch.ones(len(ids))
+
+
 def scores_of(scenario: str, ids: np.ndarray, epoch: int) -> np.ndarray:
     """Made-up scores of samples, (n,) float32; every 29th is NaN."""
     scores = np.sin(ids * (1.7 + epoch)) + 1.001

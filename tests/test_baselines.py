@@ -12,7 +12,7 @@ from ast_dist.config import POLICY_NAMES, GateConfig
 from ast_dist.data.order import Plan, epoch_order
 from ast_dist.errors import UserError
 from ast_dist.gate.baselines import InfoBatch, Random, SelectiveBackprop, Short
-from ast_dist.gate.policy import FORWARD_COST, Policy, PolicySetup
+from ast_dist.gate.policy import FORWARD_COST, Policy, PolicySetup, checked_plan
 from ast_dist.gate.registry import POLICIES, make_policy
 from ast_dist.gate.threshold import histogram
 
@@ -170,6 +170,47 @@ class EveryOther(Policy):
 
     def plan(self, epoch, order):
         return Plan(order[epoch % 2 :: 2])
+
+
+class Planned(Policy):
+    """Returns the plan that it was given."""
+
+    given: Plan
+
+    def plan(self, epoch, order):
+        return self.given
+
+
+class TestPlansOfOnesOwn:
+    def plan(self, ids, weights=None):
+        policy = Planned(setup("full", count=6))
+        policy.given = Plan(np.asarray(ids), weights)
+        return checked_plan(policy, 1, np.array([5, 3, 1, 0, 2, 4]))
+
+    def test_a_thinned_order_is_taken_as_it_is(self):
+        assert self.plan([5, 1, 4], np.float32([1, 0, 2])).ids.tolist() == [5, 1, 4]
+
+    @pytest.mark.parametrize(
+        ("ids", "told"),
+        [
+            (np.zeros(0, np.int64), "at least one"),
+            ([[5, 3]], "one row"),
+            ([1.0, 0.0], "float64"),
+            ([5, 6], "to 6"),
+            ([-1, 5], "from -1"),
+            ([3, 5], "changes the order"),
+            ([5, 5, 3], "repeats"),
+        ],
+    )
+    def test_ids_that_are_no_plan_are_told_in_one_line(self, ids, told):
+        with pytest.raises(UserError, match=told) as caught:
+            self.plan(ids)
+        assert "\n" not in str(caught.value) and "Planned.plan of epoch 1" in str(caught.value)
+
+    @pytest.mark.parametrize("weights", [np.ones(2), np.float32([1, np.nan, 1]), np.float32([1, -1, 1])])
+    def test_weights_that_are_none_are_told_in_one_line(self, weights):
+        with pytest.raises(UserError, match="one finite weight"):
+            self.plan([5, 1, 4], weights)
 
 
 class TestNames:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ast_dist.command_line import parse
-from ast_dist.config import GateConfig
+from ast_dist.config import GateConfig, OptimConfig
 from ast_dist.data.index import Index
 from ast_dist.distributed import World
 from ast_dist.errors import run_command
@@ -26,6 +26,7 @@ from ast_dist.gate.baselines import SelectiveBackprop
 from ast_dist.gate.policy import PolicySetup
 from ast_dist.gate.sundew import Online
 from ast_dist.gate.threshold import histogram
+from ast_dist.mixing import Mixer
 from ast_dist.track.history import read as read_rows
 from ast_dist.train import main
 from ast_dist.trainer import Trainer
@@ -221,6 +222,18 @@ def test_a_users_own_policy_scores_and_remembers_what_was_trained_alone(shards: 
     assert state["counts"]["scored"] == 3 * NUM_SAMPLES
 
 
+def test_mixed_steps_of_scored_batches_are_not_remembered(shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    mixed = ("--optim.mixup-alpha", "0.4", "--optim.mix-share", "0.5", "--loop.epochs", "1")
+    assert run_command(main, words(shards, run_dir, "tests.candidates_program:EveryId", *mixed)) == 0
+    state, _ = read(committed(run_dir / "checkpoints")[-1])
+    remembered = sum(state["gate"]["memory"]["visits"].tolist())
+    steps = range(0, NUM_SAMPLES, GLOBAL_BATCH_SIZE)
+    is_mixed = Mixer(OptimConfig(mixup_alpha=0.4, mix_share=0.5), seed=0).mixed_steps(0, np.arange(len(steps)))
+    whole = sum(min(GLOBAL_BATCH_SIZE, NUM_SAMPLES - s) for s, mix in zip(steps, is_mixed, strict=True) if not mix)
+    assert 0 < remembered == whole < NUM_SAMPLES
+
+
 def test_a_dry_run_states_the_cost_of_scoring(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_command(main, words(shards, tmp_path / "run", "selective_backprop", "--dry-run")) == 0
     assert "about 2.20 epochs of full training" in capsys.readouterr().out  # 3 · (0.4 + 1/3)
@@ -231,7 +244,7 @@ def test_a_dry_run_states_the_cost_of_scoring(shards: Path, tmp_path: Path, caps
     [
         ("online", ("--gate.weight-cap", "2", "--gate.scoring-px", "12", "--gate.warmup-epochs", "0")),
         ("selective_backprop", ("--gate.loss-history", "40", "--optim.name", "adamw", "--loop.precision", "bf16")),
-        ("tests.candidates_program:EvenIds", ("--optim.mixup-alpha", "0.4", "--optim.mix-share", "0.5")),
+        ("tests.candidates_program:EveryId", ("--optim.mixup-alpha", "0.4", "--optim.mix-share", "0.5")),
     ],
 )
 def test_stopped_and_resumed_equals_uninterrupted(
@@ -250,16 +263,19 @@ def test_stopped_and_resumed_equals_uninterrupted(
 def test_a_sample_that_is_damaged_while_it_waits_is_left_out_and_named(tmp_path: Path) -> None:
     write_split(tmp_path / "val", squares(20, side=8))
     index = write_split(tmp_path / "train", squares(NUM_SAMPLES, side=8))
-    argv = words(tmp_path, tmp_path / "run", "selective_backprop", "--loop.epochs", "1")
+    argv = words(tmp_path, tmp_path / "run", "tests.candidates_program:EvenIds", "--loop.epochs", "1")
     assert run_command(main, [*argv, "--session.hours", "1e-9"]) == 0
     state, _ = read(committed(tmp_path / "run/checkpoints")[-1])
-    first = int(state["candidates"]["ids"][0])
-    overwrite(index, first, b"not a JPEG")
-    with pytest.warns(RuntimeWarning, match=f"left out: .*{first:07d}-x"):
+    waiting = int(state["candidates"]["ids"][0])
+    overwrite(index, waiting, b"not a JPEG")
+    with pytest.warns(RuntimeWarning, match=f"left out: .*{waiting:07d}-x"):
         assert main(argv) == 0
     assert progress(tmp_path / "run")["state"] == "finished"
     state, _ = read(committed(tmp_path / "run/checkpoints")[-1])
     assert state["counts"]["damaged"] == 1
+    assert state["counts"]["backwarded"] == NUM_SAMPLES // 2 - 1
+    expected = [int(i % 2 == 0 and i != waiting) for i in range(NUM_SAMPLES)]
+    assert state["gate"]["memory"]["visits"].tolist() == expected
 
 
 def kill(run_dir: Path) -> None:

@@ -142,7 +142,7 @@ def test_workers_fetch_the_same_batches(workers: dict[str, Any]) -> None:
 
 
 def test_a_loader_has_a_length_and_can_be_iterated_again() -> None:
-    dataset, gate = Points(), Gate(NUM_SAMPLES, policy="random")
+    dataset, gate = Points(), Gate(NUM_SAMPLES, 0.4, policy="random")
     loader = gate.loader(dataset, 16, 0)
     assert len(loader) == len(list(loader)) == 3
     assert ids_of(loader) == ids_of(loader) == ids_of(gate.loader(dataset, 16, 0))
@@ -240,6 +240,9 @@ def test_options_that_the_plan_decides_are_refused(option: str) -> None:
 
 
 class Stream(IterableDataset):
+    def __len__(self) -> int:
+        return NUM_SAMPLES
+
     def __iter__(self) -> Any:
         return iter(range(NUM_SAMPLES))
 
@@ -305,13 +308,13 @@ def test_policies_of_ones_own_work_as_a_class_and_by_name() -> None:
 
 
 def test_a_plan_in_another_order_is_refused() -> None:
-    with pytest.raises(UserError, match="in the order given"):
+    with pytest.raises(UserError, match="changes the order"):
         Gate(NUM_SAMPLES, policy=Reversing).loader(Points(), 16, 0)
 
 
 def test_the_end_of_training_is_annealed_only_where_it_is_known() -> None:
     for epochs, rate in ((None, 0.4), (10, 1.0)):
-        gate = Gate(NUM_SAMPLES, epochs=epochs)
+        gate = Gate(NUM_SAMPLES, 0.4, epochs=epochs)
         watch_epoch(gate, Points(), 0)
         watch_epoch(gate, Points(), 9)
         assert gate.report()["rate_target"] == rate
@@ -673,7 +676,7 @@ def train_on(dataset: Any, **options: Any) -> None:
 
 def test_torchvisions_image_folder_decodes_only_what_is_trained(tmp_path: Path) -> None:
     dataset, decoded = image_folder(tmp_path)
-    gate = Gate(len(dataset), policy="random", labels=dataset.targets)
+    gate = Gate(len(dataset), target_rate=0.4, policy="random", labels=dataset.targets)
     loader = gate.loader(dataset, 16, 0)
     trained = {dataset.samples[sample_id][0] for sample_id in ids_of(loader) if sample_id >= 0}
     assert len(trained) == 24

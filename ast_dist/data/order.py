@@ -35,6 +35,18 @@ class Plan:
             digest.update(np.ascontiguousarray(self.weights).tobytes())
         return digest.hexdigest()[:16]
 
+    def bits(self, num_samples: int) -> np.ndarray:
+        """Which samples it holds, one bit each: (ceil(num_samples / 8),) uint8. The order follows from the epoch."""
+        is_planned = np.zeros(num_samples, dtype=bool)
+        is_planned[self.ids] = True
+        return np.packbits(is_planned)
+
+    @classmethod
+    def from_bits(cls, bits: np.ndarray, order: np.ndarray, weights: np.ndarray | None = None) -> "Plan":
+        """The plan whose `bits` these are. order: (num_samples,) the epoch's order. weights: (P,) in that order."""
+        is_planned = np.unpackbits(bits, count=len(order)).astype(bool)
+        return cls(order[is_planned[order]], weights)
+
     def num_steps(self, global_batch_size: int) -> int:
         """Steps of this epoch; the last one may be short."""
         return -(-len(self.ids) // global_batch_size)

@@ -10,7 +10,6 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -96,9 +95,7 @@ class TrainState:
         """One bit a sample: the order itself follows from seed and epoch."""
         if self.plan is None:
             return {}
-        keep = np.zeros(self.num_samples, dtype=bool)
-        keep[self.plan.ids] = True
-        state: dict[str, Any] = {"id": self.plan.id, "keep": torch.from_numpy(np.packbits(keep))}
+        state: dict[str, Any] = {"id": self.plan.id, "keep": torch.from_numpy(self.plan.bits(self.num_samples))}
         if self.plan.weights is not None:
             state["weights"] = torch.from_numpy(self.plan.weights)
         return state
@@ -106,10 +103,9 @@ class TrainState:
     def _restore_plan(self, state: dict[str, Any]) -> Plan | None:
         if not state:
             return None
-        keep = np.unpackbits(state["keep"].numpy(), count=self.num_samples).astype(bool)
         order = epoch_order(self.num_samples, self.seed, self.epoch)
         weights = state["weights"].numpy() if "weights" in state else None
-        plan = Plan(order[keep[order]], weights)
+        plan = Plan.from_bits(state["keep"].numpy(), order, weights)
         if plan.id != state["id"]:
             raise RuntimeError(f"the plan of epoch {self.epoch} is {plan.id}, but the checkpoint trained {state['id']}")
         return plan

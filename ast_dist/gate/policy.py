@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ast_dist.config import GateConfig
 from ast_dist.data.order import Plan
+from ast_dist.errors import UserError
 from ast_dist.gate.memory import GatherRows, SignificanceMemory
 from ast_dist.gate.significance import significance
 from ast_dist.gate.threshold import AllReduce
@@ -154,6 +155,29 @@ class Full(Policy):
 
     def plan(self, epoch: int, order: np.ndarray) -> Plan:
         return Plan(order)
+
+
+def checked_plan(policy: Policy, epoch: int, order: np.ndarray) -> Plan:
+    """A policy's plan of an epoch, judged before anything is trained by it.
+
+    Raises UserError where it is none: no samples, others than those of `order` or in another order, weights that are
+    not one finite number ≥ 0 a sample. A policy of one's own may get that wrong, and a resume could not mend it.
+    """
+    plan = policy.plan(epoch, order)
+    name = f"{type(policy).__name__}.plan of epoch {epoch}"
+    ids = np.asarray(plan.ids)
+    if ids.ndim != 1 or not len(ids):
+        raise UserError(f"{name} gives ids of shape {ids.shape}: give one row of at least one sample id.")
+    if ids.dtype != np.int64 or ids.min() < 0 or ids.max() >= len(order):
+        raise UserError(
+            f"{name} gives {ids.dtype} ids from {ids.min()} to {ids.max()}: give int64 ids in 0 … {len(order) - 1}."
+        )
+    if not np.array_equal(Plan.from_bits(plan.bits(len(order)), order).ids, ids):
+        raise UserError(f"{name} changes the order or repeats samples: thin the order it is given, as order[keep].")
+    weights = plan.weights
+    if weights is not None and not (weights.shape == ids.shape and np.isfinite(weights).all() and weights.min() >= 0):
+        raise UserError(f"{name}: {ids.shape} ids, weights of shape {weights.shape}; give one finite weight ≥ 0 an id.")
+    return plan
 
 
 def nearest_count(share: float, num_samples: int) -> int:

@@ -209,7 +209,7 @@ class Threshold:
         if memory == 0.0 and wanted >= 1.0:
             exact = wanted + self._carry
             wanted = min(max(math.floor(exact + 0.5), 1.0), total)
-            self._carry = min(max(exact - wanted, -0.5), 0.5)
+            self._carry = float(min(max(exact - wanted, -0.5), 0.5))
         self._invert(from_top, wanted)
         self.rate = self.share_kept(counts)
         self.median = bins.score(int(np.searchsorted(np.cumsum(current), total / 2)), 0.5)
