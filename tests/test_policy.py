@@ -21,7 +21,7 @@ SCORES = np.random.default_rng(0).lognormal(-1.0, 1.5, COUNT).astype(np.float32)
 
 
 def sundew(config=None, count=COUNT, epochs=EPOCHS, seed=0, **options):
-    return Sundew(PolicySetup(config or GateConfig(), count, epochs, seed, **options))
+    return Sundew(PolicySetup(config or GateConfig(target_rate=0.4), count, epochs, seed, **options))
 
 
 def remember(policy, scores=SCORES, epoch=0):
@@ -112,7 +112,7 @@ def test_warm_up_and_annealing_train_on_everything():
 )
 def test_annealing_takes_the_nearest_whole_number_of_epochs(share, epochs, annealed):
     policy = sundew(GateConfig(warmup_epochs=0, anneal_share=share), epochs=epochs)
-    assert [policy.is_full(epoch) for epoch in range(epochs)] == [False] * (epochs - annealed) + [True] * annealed
+    assert [policy.schedule.is_full(epoch) for epoch in range(epochs)] == [False] * (epochs - annealed) + [True] * annealed
 
 
 def test_a_target_of_one_trains_on_everything():

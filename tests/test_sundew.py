@@ -187,3 +187,13 @@ class TestOnline:
         ids, scores = torch.arange(COUNT), torch.from_numpy(SCORES)
         assert torch.equal(restored.select(ids, scores), policy.select(ids, scores))
         assert restored.report() == policy.report()
+
+
+def test_the_controllers_values_are_reported():
+    policy = sundew(target_rate=0.4, p_min=0.1)
+    plan(policy)
+    report = policy.report()
+    assert {"threshold", "integral", "error", "score_p50", "rate", "rate_target", "scores_non_finite"} <= report.keys()
+    above = (0.4 - 0.1) / (1 - 0.1)  # what the threshold is to let pass
+    kept = np.mean(SCORES >= report["threshold"])
+    assert report["error"] == pytest.approx(kept - above, abs=0.01)

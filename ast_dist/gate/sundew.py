@@ -100,6 +100,7 @@ class Sundew(RememberingPolicy):
             report = {
                 "threshold": self.threshold.threshold,
                 "integral": self.threshold.integral,
+                "error": self.threshold.error,
                 "score_p50": self.threshold.median,
             }
         keep |= self._owed_to_classes(order, scores[order], keep, rate)
@@ -208,6 +209,7 @@ class Online(Policy):
             **self._report,
             "threshold": threshold.threshold,
             "integral": threshold.integral,
+            "error": threshold.error,
             "score_p50": threshold.median,
             "scores_non_finite": float(threshold.non_finite),
         }
