@@ -35,7 +35,7 @@ class Prediction:
 
 def predict(config: Config, num_samples: int = 1) -> Prediction:
     """Ask a run's policy what it will do. Raises UserError where the policy does not exist."""
-    setup = PolicySetup(config.gate, num_samples, config.loop.epochs, config.seed)
+    setup = PolicySetup.of_run(config, num_samples)
     policy = make_policy(setup)
     cost = sum(policy.cost(epoch) for epoch in range(policy.epochs))
     # What short leaves out of its last epoch is the end of the run, not a selection.

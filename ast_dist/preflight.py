@@ -75,7 +75,7 @@ def _check_model(config: Config, num_classes: int) -> None:
 
 def print_dry_run(config: Config, train: Index, val: Index) -> None:
     """Say what a run would do."""
-    policy = make_policy(PolicySetup(config.gate, train.num_samples, config.loop.epochs, config.seed, train.label))
+    policy = make_policy(PolicySetup.of_run(config, train.num_samples, train.label))
     rates = [policy.target_rate(epoch) for epoch in range(policy.epochs)]
     trained = round(sum(rates) * train.num_samples)
     full = config.loop.epochs * train.num_samples

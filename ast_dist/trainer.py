@@ -4,6 +4,7 @@ The state of a run is (epochs done, steps done of the epoch's plan); everything 
 checkpoint. All ranks walk through the same loop and meet in its collectives; rank 0 alone writes.
 """
 
+import dataclasses
 import time
 import warnings
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ from ast_dist.fault.guard import Guard
 from ast_dist.fault.lease import Lease
 from ast_dist.fault.state import TrainState
 from ast_dist.gate.cost import Ledger
-from ast_dist.gate.policy import FORWARD_COST, Policy, PolicySetup, RememberingPolicy, checked_plan
+from ast_dist.gate.policy import Policy, PolicySetup, RememberingPolicy, checked_plan
 from ast_dist.gate.registry import make_policy
 from ast_dist.mixing import Mixer
 from ast_dist.model import build_model, lr_at
@@ -46,16 +47,12 @@ class Trainer:
         self.config = config
         self.world = world
         self.policy: Policy = make_policy(
-            PolicySetup(
-                config.gate,
-                train.num_samples,
-                config.loop.epochs,
-                config.seed,
-                train.label,
-                world.rank,
-                world.size,
-                world.sum,
-                world.gather_rows,
+            dataclasses.replace(
+                PolicySetup.of_run(config, train.num_samples, train.label),
+                rank=world.rank,
+                world_size=world.size,
+                all_reduce=world.sum,
+                gather=world.gather_rows,
             )
         )
         # A policy may have fewer epochs than full training: the schedule is its own.
@@ -233,7 +230,7 @@ class Trainer:
             self.lease.beat(state.global_step)
         self.damage.note(host_batch.damaged)
         self._agree(votes_before)
-        self.clock.step_done(host_batch.planned, trained + FORWARD_COST * scored)
+        self.clock.step_done(host_batch.planned, trained + self.policy.setup.scoring_cost * scored)
         if self.tracker and self.clock.is_first_step:
             self.tracker.first_step()
         if state.global_step % config.track.every_steps == 0:

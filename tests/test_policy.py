@@ -70,7 +70,7 @@ def test_samples_never_seen_are_kept_with_the_target_as_their_chance():
 
 
 def test_with_no_memory_at_all_the_target_share_is_drawn():
-    policy = sundew(GateConfig(warmup_epochs=0))
+    policy = sundew(GateConfig(target_rate=0.4, warmup_epochs=0))
     assert len(plan(policy, epoch=0)) / COUNT == pytest.approx(0.4, abs=0.04)
     assert "score_p50" not in policy.report()
 
@@ -112,7 +112,9 @@ def test_warm_up_and_annealing_train_on_everything():
 )
 def test_annealing_takes_the_nearest_whole_number_of_epochs(share, epochs, annealed):
     policy = sundew(GateConfig(warmup_epochs=0, anneal_share=share), epochs=epochs)
-    assert [policy.schedule.is_full(epoch) for epoch in range(epochs)] == [False] * (epochs - annealed) + [True] * annealed
+    assert [policy.schedule.is_full(epoch) for epoch in range(epochs)] == [False] * (epochs - annealed) + [
+        True
+    ] * annealed
 
 
 def test_a_target_of_one_trains_on_everything():

@@ -123,7 +123,7 @@ class TestRunDirectory:
     def test_another_configuration_is_refused_with_each_difference(self, config, started):
         changed = replace(config, seed=5, gate=replace(config.gate, target_rate=0.3))
         message = complaint(run_dir.check, changed, {**MANIFESTS, "train": "c" * 64})
-        assert "gate.target_rate: 0.4 → 0.3" in message and "seed: 0 → 5" in message
+        assert "gate.target_rate: 0.6 → 0.3" in message and "seed: 0 → 5" in message
         assert f"manifest.train: {'a' * 64} → {'c' * 64}" in message
 
     def test_a_restarted_worker_goes_on_whatever_resume_says(self, config, started, monkeypatch):
@@ -171,6 +171,6 @@ class TestRunDirectory:
 
     def test_what_is_written_down_is_the_configuration_and_the_versions(self, config, started):
         written = yaml.safe_load((started / "config.yaml").read_text())
-        assert written["gate"]["target_rate"] == 0.4 and written["manifest"] == MANIFESTS
+        assert written["gate"]["target_rate"] == 0.6 and written["manifest"] == MANIFESTS
         assert yaml.safe_load((started / "env.json").read_text())["torch"]
         assert not list(started.glob(".*"))

@@ -6,10 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ast_dist.command_line import parse
 from ast_dist.config import GateConfig
 from ast_dist.data.order import epoch_order
 from ast_dist.errors import UserError
 from ast_dist.gate.policy import FORWARD_COST, PolicySetup
+from ast_dist.gate.registry import make_policy
 from ast_dist.gate.sundew import Online, Sundew, TargetSchedule
 from ast_dist.gate.threshold import histogram
 
@@ -195,5 +197,15 @@ def test_the_controllers_values_are_reported():
     report = policy.report()
     assert {"threshold", "integral", "error", "score_p50", "rate", "rate_target", "scores_non_finite"} <= report.keys()
     above = (0.4 - 0.1) / (1 - 0.1)  # what the threshold is to let pass
-    kept = np.mean(SCORES >= report["threshold"])
+    kept = np.mean(report["threshold"] <= SCORES)
     assert report["error"] == pytest.approx(kept - above, abs=0.01)
+
+
+def test_scoring_on_fewer_pixels_costs_their_share_of_a_forward_pass():
+    words = ["--run-dir=r", "--data.train=t", "--data.val=v", "--gate.policy=online", "--data.image-size=32"]
+    costs = {}
+    for side in (0, 32, 16):
+        config = parse([*words, f"--gate.scoring-px={side}", "--gate.target-rate=0.3"])
+        costs[side] = make_policy(PolicySetup.of_run(config, COUNT)).cost(5)
+    assert costs[0] == costs[32] == pytest.approx(0.3 + FORWARD_COST)
+    assert costs[16] == pytest.approx(0.3 + FORWARD_COST / 4)

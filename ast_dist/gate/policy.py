@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ast_dist.config import GateConfig
+from ast_dist.config import Config, GateConfig
 from ast_dist.data.order import Plan
 from ast_dist.errors import UserError
 from ast_dist.gate.memory import GatherRows, SignificanceMemory
@@ -35,7 +35,9 @@ class PolicySetup:
 
     num_samples: of the training set; ids are 0 … num_samples - 1. epochs: of full training. labels: (num_samples,)
     int64 or None where they are not known. all_reduce: sums an int64 tensor over the ranks; gather: concatenates
-    rows of all ranks; both None where there is one rank. Every rank has its own rank, and the same of all else.
+    rows of all ranks; both None where there is one rank. scoring_cost: of one sample's scoring pass, in samples
+    trained. Every rank has its own rank, and the same of all else. A policy reads it where it needs it and copies
+    nothing: `Gate` learns the number of ranks after the policy is made.
     """
 
     config: GateConfig
@@ -47,6 +49,13 @@ class PolicySetup:
     world_size: int = 1
     all_reduce: AllReduce | None = None
     gather: GatherRows | None = None
+    scoring_cost: float = FORWARD_COST
+
+    @classmethod
+    def of_run(cls, config: Config, num_samples: int, labels: np.ndarray | None = None) -> "PolicySetup":
+        """The setup of a configured run, on one rank. Scoring on fewer pixels costs their share of a forward pass."""
+        share = (config.gate.scoring_px / config.data.image_size) ** 2 if config.gate.scoring_px else 1.0
+        return cls(config.gate, num_samples, config.loop.epochs, config.seed, labels, scoring_cost=FORWARD_COST * share)
 
 
 class Policy:
@@ -78,8 +87,9 @@ class Policy:
         return False
 
     def cost(self, epoch: int) -> float:
-        """Predicted cost of an epoch, in epochs of full training; a scoring forward pass counts as a third."""
-        return self.target_rate(epoch) + (FORWARD_COST if self.scores_epoch(epoch) else 0.0)
+        """Predicted cost of an epoch, in epochs of full training; a scoring forward pass counts as a third
+        where it sees all pixels."""
+        return self.target_rate(epoch) + (self.setup.scoring_cost if self.scores_epoch(epoch) else 0.0)
 
     def plan(self, epoch: int, order: np.ndarray) -> Plan:
         """What this epoch reads (and trains, unless it is scored first), at least one sample, in the order given.
