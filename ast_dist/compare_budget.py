@@ -89,7 +89,7 @@ def _nearest_target(policy: str, config: Config, budget: float, num_samples: int
         try:
             found.append((epochs, _target_at(_with_epochs(config, epochs), policy, budget, num_samples)))
         except UserError as error:
-            refusal = refusal or error
+            refusal = error  # the last is of the shortest run, the cheapest there is
     if not found:
         assert refusal is not None
         raise refusal

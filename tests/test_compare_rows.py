@@ -36,9 +36,9 @@ def test_the_predicted_cost_is_the_budget(policy: str, share: float) -> None:
 
 
 def test_warm_up_and_annealing_are_paid_from_the_budget() -> None:
-    # 2 + 3 of 30 epochs are full: 25 · r + 5 = 15.
+    # 2 + 2 of 22 epochs are full: 18 · r + 4 = 15, and no other number of epochs brings r nearer to 0.6.
     epochs, target, _ = predicted("sundew", 0.5, "--loop.epochs", "30", "--gate.warmup-epochs", "2")
-    assert (epochs, target) == (30, pytest.approx(0.4, abs=1e-5))
+    assert (epochs, target) == (22, pytest.approx(11 / 18, abs=1e-5))
 
 
 def test_a_falling_rate_meets_the_budget_too() -> None:
@@ -47,13 +47,14 @@ def test_a_falling_rate_meets_the_budget_too() -> None:
 
 
 def test_online_pays_for_its_scoring() -> None:
-    # 1 + 3 of 30 epochs are full: 26 · (r + 1/3) + 4 = 0.6 · 30.
-    _, target, cost = predicted("online", 0.6, "--loop.epochs", "30")
-    assert target == pytest.approx(14 / 26 - 1 / 3, abs=1e-5)
+    # 1 + 2 of 19 epochs are full: 16 · (r + 1/3) + 3 = 0.6 · 30.
+    epochs, target, cost = predicted("online", 0.6, "--loop.epochs", "30")
+    assert epochs == 19
+    assert target == pytest.approx(15 / 16 - 1 / 3, abs=1e-5)
     assert cost == pytest.approx(18.0, rel=1e-4)
 
 
-def test_short_has_fewer_epochs_and_the_others_all_of_them() -> None:
+def test_short_has_fewer_epochs_and_random_all_of_them() -> None:
     assert predicted("short", 0.5, "--loop.epochs", "30")[0] == 15
     assert predicted("random", 0.1, "--loop.epochs", "30") == (30, pytest.approx(0.1), pytest.approx(3.0))
 
@@ -77,8 +78,8 @@ def test_infobatch_and_selective_backprop_keep_their_numbers_and_get_the_nearest
 @pytest.mark.parametrize(
     ("policy", "share", "says"),
     [
-        # 2 of 10 epochs are full, and p_min 0.2 of the others is the least: 3.6.
-        ("sundew", 0.3, "of 3 of 10 epochs cannot be met: at gate.target_rate 0.2, the lowest allowed, it costs 3.6"),
+        # The shortest run has one epoch, which is a warm-up: 1.
+        ("sundew", 0.04, "of 0.4 of 1 epochs cannot be met: at gate.target_rate 0.2, the lowest allowed, it costs 1"),
         ("infobatch", 0.04, "a budget of 0.4 epochs cannot be met: a single epoch costs 1"),
     ],
 )  # fmt: skip
