@@ -199,7 +199,11 @@ def plan(arguments: Arguments) -> Comparison:
     for seed in range(arguments.seeds):
         for policy, rate, words, config, prediction in at_seed_0:
             run_dir = folder / f"{policy.replace(':', '.')}-{rate:g}-seed{seed}"
-            run = Run(run_dir, (*words, "--run-dir", str(run_dir), "--seed", str(seed)), base.checkpoint.grace_s)
+            run = Run(
+                run_dir,
+                (*words, "--run-dir", str(run_dir), "--seed", str(seed), "--resume", "auto"),
+                base.checkpoint.grace_s,
+            )
             own = dataclasses.replace(config, run_dir=str(run_dir), seed=seed)
             members.append(Member(policy, rate, seed, own, prediction, run))
     manifests = {"train": train.hash, "val": val.hash}

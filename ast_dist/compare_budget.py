@@ -8,10 +8,12 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ast_dist.config import Config, GateConfig
 from ast_dist.errors import UserError
 from ast_dist.gate.policy import PolicySetup
-from ast_dist.gate.registry import POLICIES, make_policy
+from ast_dist.gate.registry import make_policy
 
 # Policies whose saving follows from a number of their paper, not from a target: they meet a budget by the length of
 # the run. Selectivity 1/3 is what Jiang et al. 2019 (arXiv:1910.00762), section 4, recommend; InfoBatch's prune ratio
@@ -35,7 +37,8 @@ class Prediction:
 
 def predict(config: Config, num_samples: int = 1) -> Prediction:
     """Ask a run's policy what it will do. Raises UserError where the policy does not exist."""
-    setup = PolicySetup.of_run(config, num_samples)
+    # Costs are asked for before any data is opened: labels that are all 0 stand in for the set's.
+    setup = PolicySetup.of_run(config, num_samples, np.zeros(num_samples, dtype=np.int64))
     policy = make_policy(setup)
     cost = sum(policy.cost(epoch) for epoch in range(policy.epochs))
     # What short leaves out of its last epoch is the end of the run, not a selection.
@@ -53,7 +56,7 @@ def settings_at_cost(policy: str, share: float, config: Config, num_samples: int
     short shortens the run itself. infobatch and selective_backprop keep their papers' numbers and get the number of
     epochs whose cost is nearest. random keeps the epochs, and its rate is the share. All others (sundew, online,
     your own) run for the number of epochs at which the gate.target_rate that meets the budget is nearest to the
-    configuration's: on CIFAR-10 more epochs at a lower rate did worse than fewer at a moderate one.
+    configuration's. A policy whose cost does not depend on gate.target_rate gets the nearest number of epochs.
     Raises UserError, with both numbers, when the budget cannot be met.
     """
     chosen = ["--gate.policy", policy]
@@ -69,6 +72,13 @@ def settings_at_cost(policy: str, share: float, config: Config, num_samples: int
         return [*chosen, *fixed, "--loop.epochs", str(epochs)]
     if policy == "random":
         return [*chosen, "--gate.target-rate", f"{_target_at(config, policy, budget, num_samples):.6g}"]
+    one_cost, other_cost = (
+        predict(_with_gate(config, policy=policy, target_rate=rate, p_min=0.0, rate_fall=0.0), num_samples).cost
+        for rate in (0.4, 0.6)
+    )
+    if one_cost == other_cost:  # a policy of the user's own that has its own rate
+        own = _with_gate(config, policy=policy)
+        return [*chosen, "--loop.epochs", str(_nearest_epochs(own, budget, num_samples))]
     epochs, target = _nearest_target(policy, config, budget, num_samples)
     return [*chosen, "--loop.epochs", str(epochs), "--gate.target-rate", f"{target:.6g}"]
 
@@ -120,7 +130,7 @@ def _target_at(config: Config, policy: str, budget: float, num_samples: int) -> 
 def _target_bounds(policy: str, gate: GateConfig) -> tuple[float, float]:
     """The lowest and the highest gate.target_rate that the configuration allows a policy."""
     fall = abs(gate.rate_fall) / 2
-    has_random_share = policy in ("sundew", "online") or policy not in POLICIES
+    has_random_share = policy in ("sundew", "online")
     return max(_LOWEST_TARGET, gate.p_min if has_random_share else 0.0) + fall, 1.0 - fall
 
 

@@ -5,6 +5,7 @@ Everything that can be judged without touching data or devices is validated in `
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -140,27 +141,27 @@ class GateConfig:
     target_rate: float = 0.6
     """Share of the samples that a gated epoch trains on; short: share of all epochs."""
     rate_fall: float = 0.0
-    """By how much the rate falls from the first gated epoch to the last; target_rate is its mean."""
+    """sundew, online: by how much the rate falls from the first gated epoch to the last; target_rate is its mean."""
     p_min: float = 0.2
-    """Chance that a sample below the threshold is kept all the same; must not exceed the lowest rate."""
+    """sundew, online: chance that a sample below the threshold is kept all the same; at most the lowest rate."""
     weight_cap: float = 1.0
-    """Largest loss weight of kept samples below the threshold, which weigh 1 / p_min up to it; 1 does not re-weight."""
+    """sundew, online: largest loss weight of kept samples below the threshold, which weigh 1 / p_min up to it."""
     warmup_epochs: int = 1
-    """First epochs, trained on everything."""
+    """sundew, online: first epochs, trained on everything."""
     anneal_share: float = 0.1
-    """Last share of all epochs, trained on everything."""
+    """sundew, online: last share of all epochs, trained on everything."""
     hard_tail_share: float = 0.0
-    """Samples that stay in this top share with flat loss count as average: likely wrong labels. 0 is off."""
+    """sundew: samples that stay in this top share with flat loss count as average: likely wrong labels. 0 is off."""
     hard_tail_visits: int = 4
     """Visits in a row after which such a sample counts as average."""
     class_floor: float = 0.0
-    """Share of the rate that every class gets at least; 0 is off."""
+    """sundew: share of the rate that every class gets at least; 0 is off."""
     loss_weight: float = 0.7
     """Weight of the cross-entropy in a sample's significance (infobatch and selective_backprop: the loss alone)."""
     entropy_weight: float = 0.3
     """Weight of the prediction's entropy in a sample's significance."""
     memory_decay: float = 0.0
-    """Share of the old value kept when a sample's remembered significance is updated; 0 keeps the newest."""
+    """sundew: share of the old value kept when a sample's remembered significance is updated; 0 keeps the newest."""
     ki: float = 0.05
     """Gain of the threshold's integral term."""
     scoring_px: int = 0
@@ -182,9 +183,9 @@ class GateConfig:
             f"With gate.target_rate {self.target_rate:g} it may be "
             f"{2 * min(self.target_rate, 1.0 - self.target_rate):g} at most.",
         )
-        # The baselines have no random share beside their own.
+        # No other policy has this random share.
         _require(
-            0.0 <= self.p_min <= min(lowest, highest) + 1e-12 or self.policy in POLICY_NAMES[2:],
+            0.0 <= self.p_min <= min(lowest, highest) + 1e-12 or self.policy not in ("sundew", "online"),
             f"gate.p_min is {self.p_min:g}, but must lie in 0 … {min(lowest, highest):g}, the lowest rate, since the "
             "random share is part of the target. Lower gate.p_min or raise gate.target_rate.",
         )
@@ -198,9 +199,15 @@ class GateConfig:
         )
         _require(self.hard_tail_visits >= 2, f"gate.hard_tail_visits is {self.hard_tail_visits}, must be at least 2.")
         _require(0.0 <= self.memory_decay < 1.0, f"gate.memory_decay is {self.memory_decay:g}, not in [0, 1).")
-        _require(self.ki >= 0, f"gate.ki is {self.ki:g}, but must be at least 0.")
-        for name in ("loss_weight", "entropy_weight"):
-            _require(getattr(self, name) >= 0, f"gate.{name} is {getattr(self, name):g}, but must be at least 0.")
+        for name in ("ki", "loss_weight", "entropy_weight"):
+            value = getattr(self, name)
+            _require(
+                value >= 0 and math.isfinite(value), f"gate.{name} is {value:g}, but must be at least 0 and finite."
+            )
+        _require(
+            self.loss_weight + self.entropy_weight > 0,
+            "gate.loss_weight and gate.entropy_weight are both 0, and every sample would count the same. Raise one.",
+        )
         _require(self.scoring_px >= 0, f"gate.scoring_px is {self.scoring_px}, but must be at least 0.")
         _require(0.0 <= self.prune_ratio < 1.0, f"gate.prune_ratio is {self.prune_ratio:g}, not in [0, 1).")
         _require(self.loss_history >= 1, f"gate.loss_history is {self.loss_history}, but must be at least 1.")

@@ -23,6 +23,7 @@ from ast_dist.own_loader import GateLoader, RankBatches, check_request, loss_sca
 
 # Stands for a number of epochs that nobody told: no epoch is among the last of so many.
 _UNKNOWN_EPOCHS = 1 << 31
+_STATE_KEYS = ("policy", "epoch", "plan", "plan_weights", "global_batch_size", "samples_skipped", "samples_unscored")
 _OPTIONS = {field.name: field.default for field in dataclasses.fields(GateConfig)}
 
 
@@ -42,7 +43,7 @@ class Gate:
     step of their own and are refused. epochs: length of the training, for what depends on its end: without it nothing
     is annealed, and `rate_fall` and the policy `short` are refused. labels: (num_samples,)
     class numbers, for `class_floor`. seed: of order and selection. options: any other field of
-    `ast_dist.config.GateConfig`, such as `p_min` or `warmup_epochs`.
+    `ast_dist.config.GateConfig`, such as `warmup_epochs` or `p_min` (at most half of the rate unless given).
 
     Raises UserError (a ValueError, one line) for arguments that cannot be.
     """
@@ -220,6 +221,7 @@ class Gate:
             "num_samples": self.num_samples,
             "seed": self.seed,
             "policy_name": self._policy.config.policy,
+            "options": dataclasses.asdict(self._policy.config),
             "policy": _plain(self._policy.state_dict()),
             "epoch": self._epoch,
             "plan": torch.from_numpy(self._plan.bits(self.num_samples)),
@@ -235,16 +237,21 @@ class Gate:
         To go on in mid-epoch, pass the batches already trained to `loader(…, start_batch=…)`, with the same
         batch_size × processes. Raises UserError, and changes nothing, for the state of another Gate.
         """
-        mine = {"num_samples": self.num_samples, "seed": self.seed, "policy_name": self._policy.config.policy}
-        for name, value in mine.items():
+        options, mine = dataclasses.asdict(self._policy.config), {"num_samples": self.num_samples, "seed": self.seed}
+        mine["policy_name"] = options["policy"]
+        for name in (*mine, "options", *_STATE_KEYS):
             if name not in state:
                 raise UserError(f"this is no state of a Gate: it has no {name}. Give what gate.state_dict() returned.")
+        for name, value in mine.items():
             if state[name] != value:
                 argument = name.removesuffix("_name")
                 raise UserError(
                     f"the state is of a Gate with {argument}={state[name]}, but this one has {argument}={value}: "
                     "make it with the same."
                 )
+        changed = [f"{key}={old}" for key, old in state["options"].items() if options.get(key) != old]
+        if changed:
+            raise UserError(f"the state is of a Gate with {', '.join(changed)}, and this one differs: make it alike.")
         self._policy.load_state_dict(state["policy"])
         self._epoch = state["epoch"]
         order = epoch_order(self.num_samples, self.seed, self._epoch or 0)
@@ -349,6 +356,8 @@ def _gate_config(
         if name == "short" or needing:
             what = "policy short" if name == "short" else needing[0]
             raise UserError(f"{what} needs to know when training ends: give Gate(…, epochs=…).")
+    # A low target alone must do: the usual random share would not fit into it.
+    options = {"p_min": min(GateConfig.p_min, target_rate / 2), **options}
     return GateConfig(policy=name, target_rate=target_rate, **options)
 
 

@@ -5,9 +5,10 @@ import torch
 from ast_dist.config import Config
 from ast_dist.data.cache import make_cache
 from ast_dist.data.index import Index
+from ast_dist.data.order import epoch_order
 from ast_dist.errors import UserError
-from ast_dist.gate.policy import PolicySetup
-from ast_dist.gate.registry import make_policy, policy_class
+from ast_dist.gate.policy import PolicySetup, checked_plan
+from ast_dist.gate.registry import make_policy
 from ast_dist.model import build_model
 
 
@@ -15,7 +16,7 @@ def check_data(config: Config, train: Index, val: Index, world_size: int) -> int
     """Judge configuration and data against each other; return the number of classes.
 
     Raises UserError for a global batch smaller than the world, labels outside the model's classes, splits whose
-    classes differ, a policy that cannot be imported, or a model that does not exist or does not take
+    classes differ, a policy that cannot be imported or does not plan, or a model that does not exist or does not take
     images of this size.
     """
     if config.loop.global_batch_size < world_size:
@@ -45,7 +46,9 @@ def check_data(config: Config, train: Index, val: Index, world_size: int) -> int
         )
     if config.loop.precision == "fp16" and not torch.cuda.is_available():
         raise UserError("loop.precision is fp16, which is for GPUs, and torch sees none. Use bf16 or fp32.")
-    policy_class(config.gate.policy)
+    policy = make_policy(PolicySetup.of_run(config, train.num_samples, train.label))
+    if ":" in config.gate.policy:  # ours are tested; one of the user's own is tried before anything is written
+        checked_plan(policy, 0, epoch_order(train.num_samples, config.seed, 0))
     _check_model(config, num_classes)
     return num_classes
 

@@ -23,6 +23,7 @@ from ast_dist.data.index import Index
 from ast_dist.data.loader import Batch, Loader
 from ast_dist.data.order import Plan, epoch_order, step_ids
 from ast_dist.distributed import LaggedRead, World
+from ast_dist.errors import UserError
 from ast_dist.evaluate import evaluate
 from ast_dist.fault.checkpoint import Checkpoints, checkpoint_name
 from ast_dist.fault.guard import Guard
@@ -95,6 +96,11 @@ class Trainer:
             if state.plan is None:
                 order = epoch_order(state.num_samples, state.seed, state.epoch)
                 state.plan = checked_plan(self.policy, state.epoch, order)
+                if len(set(self.world.gather(state.plan.id))) > 1:
+                    raise UserError(
+                        f"gate.policy is {self.config.gate.policy}, whose plans of epoch {state.epoch} differ between "
+                        "processes: derive them from seed, epoch and memory, never from the rank or a global generator."
+                    )
             num_steps = state.plan.num_steps(self.config.loop.global_batch_size)
             for batch in self.clock.waiting(self._batches(state.plan)):
                 self._train(batch, num_steps)
@@ -119,7 +125,8 @@ class Trainer:
         config, state, world = self.config, self.state, self.world
         self.lease = lease
         self.tracker = Tracker(run_dir, config, world.size, world.restart, self.epochs)
-        gated = f", target rate {config.gate.target_rate:g}" if config.gate.policy != "full" else ""
+        has_target = config.gate.policy not in ("full", "infobatch")
+        gated = f", target rate {config.gate.target_rate:g}" if has_target else ""
         cache = "decoded images kept in memory" if self.loader.cache else "no cache"
         self.tracker.start(
             checkpoint=checkpoint,

@@ -244,3 +244,56 @@ class TestNames:
     def test_a_name_that_can_be_none_is_refused_with_the_configuration(self, name):
         with pytest.raises(UserError, match="no such policy"):
             GateConfig(policy=name)
+
+
+class TestReports:
+    def test_a_plans_share_and_target_are_reported_for_a_policy_that_says_nothing(self):
+        policy = EveryOther(setup("full"))
+        checked_plan(policy, 1, order(1))
+        assert policy.report() == {"rate": 0.5, "rate_target": 0.5}
+        restored = EveryOther(setup("full"))
+        restored.load_state_dict(policy.state_dict())
+        assert restored.report() == policy.report()
+
+
+class Failing(Policy):
+    """Goes wrong where it is told to."""
+
+    where = "plan"
+
+    def __init__(self, setup):
+        super().__init__(setup)
+        if self.where == "init":
+            raise KeyError("weights.pt\nis not there")
+
+    @property
+    def epochs(self):
+        return 0 if self.where == "epochs" else 3
+
+    def plan(self, epoch, order):
+        if self.where == "plan":
+            raise ZeroDivisionError("by nothing\nat all")
+        return
+
+
+class TestPoliciesThatFail:
+    @pytest.mark.parametrize(
+        ("where", "told"),
+        [
+            ("init", "cannot be built .KeyError"),
+            ("epochs", "whose epochs is 0"),
+            ("plan", "Failing.plan of epoch 0 raises ZeroDivisionError: by nothing at all"),
+            ("none", "gives NoneType: give an ast_dist.data.order.Plan"),
+        ],
+    )
+    def test_they_are_told_in_one_line(self, where, told, monkeypatch):
+        monkeypatch.setattr(Failing, "where", where)
+        with pytest.raises(UserError, match=told) as caught:
+            checked_plan(make_policy(setup(f"{__name__}:Failing")), 0, order(0))
+        assert "\n" not in str(caught.value)
+
+    def test_a_module_that_fails_when_it_is_imported_is_told_with_its_own_error(self, tmp_path, monkeypatch):
+        (tmp_path / "broken_policy_module.py").write_text("import math\nmath.no_such_thing\nclass P: pass\n")
+        monkeypatch.syspath_prepend(tmp_path)
+        with pytest.raises(UserError, match=r"cannot be imported .AttributeError.*no_such_thing"):
+            make_policy(setup("broken_policy_module:P"))

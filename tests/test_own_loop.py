@@ -690,3 +690,23 @@ def test_torchvisions_fake_data_mnist_and_cifar10_train(tmp_path: Path) -> None:
     train_on(FakeData(size=60, image_size=(3, 8, 8), num_classes=10, transform=to_tensor))
     train_on(mnist(tmp_path / "mnist"), num_workers=1)
     train_on(cifar10(tmp_path / "cifar10"))
+
+
+def test_a_low_target_needs_no_second_argument() -> None:
+    gate = Gate(NUM_SAMPLES, 0.1)
+    watch_epoch(gate, Points(), 0)
+    gate.loader(Points(), 16, 1)
+    assert gate.report()["rate_target"] == 0.1
+
+
+def test_the_state_of_a_gate_with_other_options_is_refused_and_changes_nothing() -> None:
+    gate = Gate(NUM_SAMPLES, 0.4)
+    watch_epoch(gate, Points(), 0)
+    other = Gate(NUM_SAMPLES, 0.4, hard_tail_share=0.1)
+    before = other.state_dict()
+    with pytest.raises(UserError, match=r"hard_tail_share=0\.0"):
+        other.load_state_dict(gate.state_dict())
+    assert str(other.state_dict()) == str(before)
+    short = {key: value for key, value in gate.state_dict().items() if key != "plan"}
+    with pytest.raises(UserError, match="it has no plan"):
+        other.load_state_dict(short)

@@ -71,6 +71,10 @@ class InfoBatch(RememberingPolicy):
     How much is saved follows from r and the losses, not from `target_rate`; more than r of it never is.
     """
 
+    def __init__(self, setup: PolicySetup) -> None:
+        super().__init__(setup)
+        self.memory.decay = 0.0  # the paper's score is the last loss, no average
+
     def target_rate(self, epoch: int) -> float:
         """The expected share: losses are skewed to the right, and about two in three lie below their mean."""
         return 1.0 if self._is_full(epoch) else 1.0 - self.config.prune_ratio * _SHARE_BELOW_MEAN

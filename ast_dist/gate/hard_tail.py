@@ -16,7 +16,8 @@ class HardTail:
 
     A sample is a suspect after `visits` visits in a row at which its significance was among the highest `share` of
     all and not more than 10 % below what it was at the first of them. One visit below the top clears it. Suspects
-    take part with the median significance: below the threshold at most rates, where chance still brings them back.
+    count as samples of which nothing is known: they leave the histogram, and are kept with the rate as their chance,
+    as the average sample is.
 
     The idea is that of hard examples which no longer improve as in "An Empirical Study of Example Forgetting"
     (Toneva et al., ICLR 2019, section 4: samples never learnt are often mislabelled); share and visits are ours.
@@ -59,13 +60,10 @@ class HardTail:
         self.streak[is_new & ~is_top] = 0
 
     def guarded(self, scores: np.ndarray) -> np.ndarray:
-        """Scores with the suspects' replaced by the median of all. scores: (num_samples,) float32, NaN unknown."""
+        """Scores without the suspects'. scores: (num_samples,) float32, NaN where nothing is known."""
         if self.share <= 0 or not self.num_suspects:
             return scores
-        known = scores[np.isfinite(scores)]
-        guarded = scores.copy()
-        guarded[self.streak >= self.visits] = np.partition(known, len(known) // 2)[len(known) // 2]
-        return guarded
+        return np.where(self.streak >= self.visits, np.float32(np.nan), scores)
 
     def state_dict(self) -> dict[str, Any]:
         """Three (num_samples,) tensors; nothing where the guard is off."""

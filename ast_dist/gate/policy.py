@@ -71,7 +71,8 @@ class Policy:
     def __init__(self, setup: PolicySetup) -> None:
         self.setup = setup
         self.config = setup.config
-        self._report: dict[str, float] = {"rate": 1.0, "rate_target": 1.0}
+        self._planned: dict[str, float] = {"rate": 1.0, "rate_target": 1.0}
+        self._report: dict[str, float] = {}
 
     @property
     def epochs(self) -> int:
@@ -97,6 +98,10 @@ class Policy:
         order: (num_samples,) int64, every sample id once, a random permutation that is the same on every rank.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement plan(epoch, order)")
+
+    def note_planned(self, rate: float, target: float) -> None:
+        """Take down the share of the samples that the present epoch's plan holds, and its target, for the report."""
+        self._planned = {"rate": rate, "rate_target": target}
 
     def score(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Significance of samples from the model's answer. logits: (n, classes). labels: (n,) int64, hard.
@@ -127,16 +132,19 @@ class Policy:
         """Share the observations between ranks: at each epoch's end and before each checkpoint."""
 
     def report(self) -> dict[str, float]:
-        """Values of the present epoch for the metrics, by their key after `gate/`."""
-        return self._report
+        """Values of the present epoch for the metrics, by their key after `gate/`.
+
+        The share that the plan holds and the target are known; set what else there is to tell in `_report`.
+        """
+        return {**self._planned, **self._report}
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and tensors that later plans depend on, the same on every rank."""
-        return {"report": self._report}
+        return {"planned": self._planned, "report": self._report}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
-        self._report = state["report"]
+        self._planned, self._report = state["planned"], state["report"]
 
 
 class RememberingPolicy(Policy):
@@ -167,14 +175,31 @@ class Full(Policy):
         return Plan(order)
 
 
+def _described(error: Exception) -> str:
+    """An error in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def checked_plan(policy: Policy, epoch: int, order: np.ndarray) -> Plan:
     """A policy's plan of an epoch, judged before anything is trained by it.
 
     Raises UserError where it is none: no samples, others than those of `order` or in another order, weights that are
     not one finite number ≥ 0 a sample. A policy of one's own may get that wrong, and a resume could not mend it.
     """
-    plan = policy.plan(epoch, order)
     name = f"{type(policy).__name__}.plan of epoch {epoch}"
+    try:
+        plan = policy.plan(epoch, order)
+        target = float(policy.target_rate(epoch))
+    except UserError:
+        raise
+    except Exception as error:
+        # One of ours is a defect of ours, and its traceback is wanted.
+        if type(policy).__module__.startswith("ast_dist."):
+            raise
+        raise UserError(f"{name} raises {_described(error)}.") from error
+    if not isinstance(plan, Plan):
+        raise UserError(f"{name} gives {type(plan).__name__}: give an ast_dist.data.order.Plan.")
     ids = np.asarray(plan.ids)
     if ids.ndim != 1 or not len(ids):
         raise UserError(f"{name} gives ids of shape {ids.shape}: give one row of at least one sample id.")
@@ -182,11 +207,13 @@ def checked_plan(policy: Policy, epoch: int, order: np.ndarray) -> Plan:
         raise UserError(
             f"{name} gives {ids.dtype} ids from {ids.min()} to {ids.max()}: give int64 ids in 0 … {len(order) - 1}."
         )
+    weights = None if plan.weights is None else np.asarray(plan.weights, dtype=np.float32)
+    plan = Plan(ids, weights)
     if not np.array_equal(Plan.from_bits(plan.bits(len(order)), order).ids, ids):
         raise UserError(f"{name} changes the order or repeats samples: thin the order it is given, as order[keep].")
-    weights = plan.weights
     if weights is not None and not (weights.shape == ids.shape and np.isfinite(weights).all() and weights.min() >= 0):
         raise UserError(f"{name}: {ids.shape} ids, weights of shape {weights.shape}; give one finite weight ≥ 0 an id.")
+    policy.note_planned(len(ids) / len(order), target)
     return plan
 
 

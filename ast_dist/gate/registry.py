@@ -28,19 +28,36 @@ def policy_class(name: str) -> type[Policy]:
         return POLICIES[name]
     module_name, _, class_name = name.partition(":")
     try:
-        found = getattr(importlib.import_module(module_name), class_name)
-    except ImportError as error:
+        module = importlib.import_module(module_name)
+    except Exception as error:  # whatever a module of the user's does when it is imported
+        text = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"gate.policy is {name}, but {module_name} cannot be imported ({error}). Run where `python -c 'import "
+            f"gate.policy is {name}, but {module_name} cannot be imported ({text}). Run where `python -c 'import "
             f"{module_name}'` works, for instance with its folder in PYTHONPATH."
-        ) from None
-    except AttributeError:
-        raise UserError(f"gate.policy is {name}, but {module_name} has no {class_name}.") from None
+        ) from error
+    found = getattr(module, class_name, None)
+    if found is None:
+        raise UserError(f"gate.policy is {name}, but {module_name} has no {class_name}.")
     if not (isinstance(found, type) and issubclass(found, Policy)):
         raise UserError(f"gate.policy is {name}, which is no subclass of ast_dist.gate.policy.Policy. Make it one.")
     return found
 
 
 def make_policy(setup: PolicySetup) -> Policy:
-    """Build the policy that `gate.policy` names. Raises UserError where there is no such policy."""
-    return policy_class(setup.config.policy)(setup)
+    """Build the policy that `gate.policy` names.
+
+    Raises UserError where there is no such policy, or where one of the user's own cannot be built or states a number
+    of epochs that is none.
+    """
+    kind = policy_class(setup.config.policy)
+    try:
+        policy = kind(setup)
+        epochs = policy.epochs
+    except Exception as error:
+        if isinstance(error, UserError) or kind.__module__.startswith("ast_dist."):
+            raise
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"gate.policy is {setup.config.policy}, which cannot be built ({text}).") from error
+    if type(epochs) is not int or epochs < 1:
+        raise UserError(f"gate.policy is {setup.config.policy}, whose epochs is {epochs!r}: give a whole number ≥ 1.")
+    return policy

@@ -67,7 +67,8 @@ class Sundew(RememberingPolicy):
     def __init__(self, setup: PolicySetup) -> None:
         super().__init__(setup)
         self.schedule = TargetSchedule(setup.config, setup.epochs)
-        self.threshold = Threshold(min(1.0, setup.config.target_rate), ki=setup.config.ki)
+        # A plan sees all that is remembered: there is no window to fill up with older scores.
+        self.threshold = Threshold(min(1.0, setup.config.target_rate), ki=setup.config.ki, memory=0.0)
         self.hard_tail = HardTail(setup.num_samples, setup.config.hard_tail_share, setup.config.hard_tail_visits)
 
     def target_rate(self, epoch: int) -> float:
