@@ -16,7 +16,8 @@ PATIENCE_S = 120.0
 def environment() -> dict[str, str]:
     """One thread a process, and none of an outer torchrun's variables."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "MASTER_")) and k != "RANK"}
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
 
 
 def start(*words: str, world_size: int = 0, max_restarts: int = 0) -> "subprocess.Popen[str]":
