@@ -78,7 +78,7 @@ def test_the_wheel_holds_both_packages_with_presets_and_types_and_nothing_else(u
 
 
 def test_presets_are_found_in_the_installed_package(unpacked):
-    program = "import ast_dist.config as c; print(c.__file__); print(*c.preset_names())"
+    program = "import ast_dist.command_line as c; print(c.__file__); print(*c.preset_names())"
     file, names = run_unpacked(unpacked, "-c", program).splitlines()
     assert Path(file).is_relative_to(unpacked)
     assert names.split() == sorted(path.stem for path in (ROOT / "ast_dist" / "presets").glob("*.yaml"))

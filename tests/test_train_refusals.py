@@ -33,7 +33,7 @@ def finished(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--gate.target-rat", "0.3"], "--gate.target-rate"),
         (["--loop.epochs", "many"], "--loop.epochs"),
         (["--loop.global-batch-size", "0"], "loop.global_batch_size is 0, must be at least 1"),
-        (["--gate.target-rate", "0.1"], "gate.p_min is 0.2, but must lie in 0 … gate.target_rate (0.1)"),
+        (["--gate.target-rate", "0.1"], "gate.p_min is 0.2, but must lie in 0 … 0.1, the lowest rate"),
         (["--preset", "digit"], "There are: "),
         (["--model.name", "resnet51"], "Perhaps you meant: "),
         (["--model.num-classes", "4"], "has label 9, but the model has 4 classes"),
@@ -94,7 +94,7 @@ def test_another_configuration_is_refused_with_the_difference_and_changes_nothin
     before = snapshot(finished)
     more = ("--data.cache", "none", "--gate.anneal-share", "0", "--gate.target-rate", "0.3")
     line = refused(words(shards, finished, *more), capsys)
-    assert "gate.target_rate: 0.4 → 0.3" in line
+    assert "gate.target_rate: 0.6 → 0.3" in line
     assert "data.cache" not in line
     assert snapshot(finished) == before
 
