@@ -57,6 +57,8 @@ def _decimal(value: Any) -> str:
 
 def _percent(value: Any) -> str:
     percent = 100.0 * value
+    if 0.0 < percent < 0.1:
+        return f"{percent:.2f} %"
     return f"{percent:.0f} %" if percent >= 10 else f"{percent:.1f} %"
 
 
