@@ -1,6 +1,7 @@
 """The world: which rank this is, on which device, and the few collectives that training uses."""
 
 import functools
+import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -200,6 +201,8 @@ class World:
 
     def close(self) -> None:
         """Leave the process group, once all ranks are here."""
+        # A DDP module that waits for the garbage collector keeps the group, whose threads then outlive the interpreter.
+        gc.collect()
         # Gloo's threads hold on to the last tensors they worked on. Some versions free them while the group is
         # destroyed, which deadlocks where Python owns a tensor (seen with 2.7 in 2 of 3 runs of 4 ranks). Their last
         # work is therefore on a tensor that outlives the group.
