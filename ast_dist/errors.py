@@ -14,6 +14,12 @@ class UserError(ValueError):
     """
 
 
+def described(error: BaseException) -> str:
+    """An error's type and message in one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
 def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Run `main(argv)` and return its exit code: 2 with one line on stderr for a UserError, 130 for Ctrl-C.
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ast_dist.config import GateConfig
+from ast_dist.data.loader import upload
 from ast_dist.data.order import Plan, epoch_order
 from ast_dist.distributed import World
 from ast_dist.errors import UserError
-from ast_dist.gate.draw import upload
 from ast_dist.gate.policy import Policy, PolicySetup, RememberingPolicy, checked_plan
 from ast_dist.gate.registry import policy_class
 from ast_dist.own_loader import GateLoader, RankBatches, check_request, loss_scales

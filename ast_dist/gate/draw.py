@@ -1,4 +1,4 @@
-"""Small things a policy needs on the device: the numbers of `counter_rng`, tables from the host."""
+"""The counter-based numbers of `counter_rng`, drawn on the device that holds the sample ids."""
 
 import torch
 from torch import Tensor
@@ -18,11 +18,6 @@ def uniform_on_device(ids: Tensor, *words: int) -> Tensor:
     value = (value ^ _shifted(value, 27)) * _signed(MULTIPLIERS[1])
     value = value ^ _shifted(value, 31)
     return _shifted(value, 11).to(torch.float64) * 2.0**-53
-
-
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to a device; to a GPU through pinned memory, so that the host does not wait."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _signed(word: int) -> int:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ast_dist.config import Config, GateConfig
 from ast_dist.data.order import Plan
-from ast_dist.errors import UserError
+from ast_dist.errors import UserError, described
 from ast_dist.gate.memory import GatherRows, SignificanceMemory
 from ast_dist.gate.significance import significance
 from ast_dist.gate.threshold import AllReduce
@@ -175,12 +175,6 @@ class Full(Policy):
         return Plan(order)
 
 
-def _described(error: Exception) -> str:
-    """An error in one line."""
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
 def checked_plan(policy: Policy, epoch: int, order: np.ndarray) -> Plan:
     """A policy's plan of an epoch, judged before anything is trained by it.
 
@@ -197,7 +191,7 @@ def checked_plan(policy: Policy, epoch: int, order: np.ndarray) -> Plan:
         # One of ours is a defect of ours, and its traceback is wanted.
         if type(policy).__module__.startswith("ast_dist."):
             raise
-        raise UserError(f"{name} raises {_described(error)}.") from error
+        raise UserError(f"{name} raises {described(error)}.") from error
     if not isinstance(plan, Plan):
         raise UserError(f"{name} gives {type(plan).__name__}: give an ast_dist.data.order.Plan.")
     ids = np.asarray(plan.ids)

@@ -2,7 +2,7 @@
 
 import importlib
 
-from ast_dist.errors import UserError
+from ast_dist.errors import UserError, described
 from ast_dist.gate.baselines import InfoBatch, Random, SelectiveBackprop, Short
 from ast_dist.gate.policy import Full, Policy, PolicySetup
 from ast_dist.gate.sundew import Online, Sundew
@@ -30,10 +30,9 @@ def policy_class(name: str) -> type[Policy]:
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever a module of the user's does when it is imported
-        text = " ".join(f"{type(error).__name__}: {error}".split())
         raise UserError(
-            f"gate.policy is {name}, but {module_name} cannot be imported ({text}). Run where `python -c 'import "
-            f"{module_name}'` works, for instance with its folder in PYTHONPATH."
+            f"gate.policy is {name}, but {module_name} cannot be imported ({described(error)}). Run where "
+            f"`python -c 'import {module_name}'` works, for instance with its folder in PYTHONPATH."
         ) from error
     found = getattr(module, class_name, None)
     if found is None:
@@ -56,8 +55,7 @@ def make_policy(setup: PolicySetup) -> Policy:
     except Exception as error:
         if isinstance(error, UserError) or kind.__module__.startswith("ast_dist."):
             raise
-        text = " ".join(f"{type(error).__name__}: {error}".split())
-        raise UserError(f"gate.policy is {setup.config.policy}, which cannot be built ({text}).") from error
+        raise UserError(f"gate.policy is {setup.config.policy}, which cannot be built ({described(error)}).") from error
     if type(epochs) is not int or epochs < 1:
         raise UserError(f"gate.policy is {setup.config.policy}, whose epochs is {epochs!r}: give a whole number ≥ 1.")
     return policy
