@@ -17,7 +17,7 @@ $(READY): setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python %d.%d found, 3.11 or newer needed: make install PYTHON=python3.11" % sys.version_info[:2])'
 	@$(PY) -c pass 2>/dev/null || $(PYTHON) -m venv --clear .venv
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
-	$(PY) -m pip install --disable-pip-version-check --progress-bar off --editable '.[demo,test,dev]'
+	$(PY) -m pip install --disable-pip-version-check --progress-bar off --editable '.[dali,demo,parquet,remote,test,dev]'
 	@touch $@
 
 demo: $(READY) ## Train on handwritten digits with 2 processes, kill one on the way, compare with full training.

@@ -26,7 +26,7 @@ from tyro.conf import Positional, arg
 
 from ast_dist import __version__
 from ast_dist.arguments import parse_arguments
-from ast_dist.data.index import FORMAT_VERSION, MANIFEST_NAME, read_manifest, replaced_file, write_index, write_manifest
+from ast_dist.data.index import MANIFEST_NAME, read_manifest, replaced_file, write_index, write_manifest
 from ast_dist.errors import UserError, run_command
 from data_prep.plan import Plan, plan_shards
 from data_prep.pool import counted, run_tasks
@@ -277,7 +277,7 @@ def _manifest(arguments: Arguments, listing: Listing, records: list[ShardRecord]
     for record in records:
         rewritten.update(record.rewritten)
     return {
-        "format_version": FORMAT_VERSION,
+        "format_version": 1,
         "converter_version": __version__,
         "split": arguments.split,
         "source": listing.format,

@@ -118,8 +118,8 @@ def test_manifest_without_checksums_or_classes_is_refused(split):
 
 
 def test_newer_format_is_refused(split):
-    change_manifest(split, format_version=2)
-    assert "format 2, but this ast_dist reads up to 1" in message(split)
+    change_manifest(split, format_version=3)
+    assert "format 3, but this ast_dist reads up to 2" in message(split)
 
 
 def test_manifest_that_contradicts_itself_is_refused(split):

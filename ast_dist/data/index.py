@@ -8,6 +8,13 @@ A split is one folder:
 
 A sample's id is its row, 0 … num_samples - 1, in the order of the shards. Arrays are memory-mapped, so opening
 costs the same for a thousand samples and for a billion.
+
+Format 2 is format 1 with two more keys in the manifest, for data that lie elsewhere and stay as they are:
+
+    "data_root"  folder or URL that the shards' names start from; without it, the manifest's own folder
+    "layout"     "shards" (as without it), or "files": no shard at all, and each key is a file's name below data_root
+
+With "files", offset is 0, and size, height, width and crc32 are 0 where they are not known before the file is read.
 """
 
 import contextlib
@@ -17,13 +24,13 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
 from ast_dist.errors import UserError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that is read; sets that need no more are written as the first
 MANIFEST_NAME = "manifest.json"
 FIELDS: dict[str, type[np.generic]] = {
     "shard": np.int32,  # position in manifest["shards"]
@@ -34,7 +41,7 @@ FIELDS: dict[str, type[np.generic]] = {
     "width": np.int32,
     "crc32": np.uint32,  # zlib.crc32 of the encoded bytes
 }
-KEYS_NAME = "keys"  # WebDataset keys, ASCII, fixed width
+KEYS_NAME = "keys"  # WebDataset keys or files' names, UTF-8, fixed width
 
 
 @dataclass(frozen=True)
@@ -66,8 +73,23 @@ class Index:
         return len(self.manifest["classes"])
 
     @property
+    def layout(self) -> Literal["shards", "files"]:
+        return self.manifest.get("layout", "shards")
+
+    @property
+    def data_root(self) -> str:
+        """Folder or URL that the names of shards or files start from."""
+        return self.manifest.get("data_root", str(self.root))
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the shards lie behind a URL."""
+        return "://" in self.data_root
+
+    @property
     def shard_paths(self) -> list[Path]:
-        return [self.root / shard["name"] for shard in self.manifest["shards"]]
+        """The shards' files, in the order of their numbers; where `is_remote`, they are not there."""
+        return [Path(self.data_root, shard["name"]) for shard in self.manifest["shards"]]
 
     def key(self, sample_id: int) -> str:
         """The sample's WebDataset key, for messages."""
@@ -75,16 +97,32 @@ class Index:
 
     @classmethod
     def open(cls, root: Path | str) -> "Index":
-        """Open a finished split and check that every shard is there in full.
+        """Open a finished split and check that every shard is there in full (remote ones are checked when fetched).
 
         Raises UserError when the folder, the manifest or a shard is missing, when a shard's size is not the one
         the manifest states, when a field has the wrong length or type, or when the set was written by a newer format.
         """
         root = Path(root)
         manifest, digest = read_manifest(root)
-        shards, count = manifest["shards"], manifest["num_samples"]
-        for number, shard in enumerate(shards):
-            path = root / shard["name"]
+        fields = {name: load_field(root, name, manifest["num_samples"]) for name in [*FIELDS, KEYS_NAME]}
+        index = cls(root=root, manifest=manifest, hash=digest, **fields)
+        if not index.is_remote:
+            index._check_files()
+        return index
+
+    def _check_files(self) -> None:
+        shards = self.manifest["shards"]
+        if not Path(self.data_root).is_dir():
+            raise UserError(
+                f"{self.data_root}: no such folder, but the index in {self.root} is of data there. Restore it, or run "
+                "data_prep.make_shards again."
+            )
+        if self.layout == "files" and self.num_samples and not (first := Path(self.data_root, self.key(0))).is_file():
+            raise UserError(
+                f"{first}: missing, the first of {self.num_samples:,} files that the index in {self.root} names. "
+                "Restore them, or run data_prep.make_shards again."
+            )
+        for number, (shard, path) in enumerate(zip(shards, self.shard_paths, strict=True)):
             if not path.is_file():
                 raise UserError(
                     f"{path}: shard {number + 1} of {len(shards)} is missing (the manifest states {shard['bytes']:,} "
@@ -95,8 +133,6 @@ class Index:
                     f"{path}: the file has {path.stat().st_size:,} bytes, but the manifest states "
                     f"{shard['bytes']:,}. Restore the file or run data_prep.make_shards again."
                 )
-        fields = {name: load_field(root, name, count) for name in [*FIELDS, KEYS_NAME]}
-        return cls(root=root, manifest=manifest, hash=digest, **fields)
 
 
 def read_manifest(root: Path) -> tuple[dict[str, Any], str]:
@@ -125,13 +161,16 @@ def read_manifest(root: Path) -> tuple[dict[str, Any], str]:
                 f"{path}: format {version}, but this ast_dist reads up to {FORMAT_VERSION}. Upgrade ast-dist."
             )
         stated, in_shards = manifest["num_samples"], sum(shard["samples"] for shard in manifest["shards"])
+        layout = manifest.get("layout", "shards")
+        if layout not in ("shards", "files"):
+            raise KeyError(f"layout is {layout}")
         if not (manifest["classes"] and all({"name", "bytes", "sha256"} <= {*s} for s in manifest["shards"])):
             raise KeyError("classes or shards are incomplete")
     except UserError:
         raise
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a manifest ({error!r}). Run data_prep.make_shards again.") from None
-    if in_shards != stated:
+    if in_shards != stated and layout == "shards":
         raise UserError(
             f"{path}: {stated:,} samples, but its shards hold {in_shards:,}. Run data_prep.make_shards again."
         )
