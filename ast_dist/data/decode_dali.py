@@ -13,6 +13,7 @@ damaged image ends the pipeline for good; no `use_fast_idct`, which changes pixe
 """
 
 import threading
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,12 +38,27 @@ except ImportError as error:
         "--data.decoder torch."
     ) from None
 
+_END_OF_JPEG = b"\xff\xd9"
 _COMPONENTS = (1, 3)  # grey and YCbCr; decoders disagree on the colours of CMYK
 
 
-def is_for_dali(sample: Encoded) -> bool:
-    """Whether DALI decodes a sample to the pixels that torchvision gives: plain JPEGs of 8 bits, grey or in colour.
+class DaliRefusal(RuntimeError):
+    """DALI could not decode a batch."""
 
+    def warn(self, count: int) -> None:
+        """Say that the batch took the slow way although nothing in it is damaged: it must not stay unnoticed."""
+        reason = " ".join(str(self).split())[:200]
+        warnings.warn(
+            f"DALI refused a batch of {count} images that torchvision decodes ({reason}). It costs time, no samples.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def is_for_dali(sample: Encoded) -> bool:
+    """Whether DALI decodes a sample to the pixels that torchvision gives: whole JPEGs of 8 bits, grey or in colour.
+
+    A JPEG without its end is torchvision's to refuse: DALI would fill in what is missing.
     Raises DamagedSampleError when the header states another size than the index.
     """
     try:
@@ -51,7 +67,8 @@ def is_for_dali(sample: Encoded) -> bool:
         return False  # torchvision says what is wrong with it
     if (header.height, header.width) != (sample.height, sample.width):
         raise sample.wrong_size(header.height, header.width)
-    return header.kind == "jpeg" and header.components in _COMPONENTS and header.bits == 8
+    is_plain = header.kind == "jpeg" and header.components in _COMPONENTS and header.bits == 8
+    return is_plain and header.adobe_transform != 0 and sample.data.endswith(_END_OF_JPEG)
 
 
 class DaliCpuDecoder:
@@ -72,26 +89,30 @@ class DaliCpuDecoder:
         mine: list[int] = []
         for row, sample in enumerate(samples):
             try:
-                if is_for_dali(sample):
+                # A column alone lacks the neighbours that fancy upsampling takes chroma from.
+                if is_for_dali(sample) and boxes[row].width > 1:
                     mine.append(row)
             except DamagedSampleError as error:
                 found[row] = error
+        refusal = None
         if mine:
             try:
                 pixels = self._run([samples[row].data for row in mine], [boxes[row] for row in mine])
-            except RuntimeError:
-                pass  # DALI names no sample: torchvision below finds which one it was
-            else:
                 for place, row in enumerate(mine):
                     found[row] = torch.from_numpy(np.asarray(pixels[place])).permute(2, 0, 1)
-        return [
+            except DaliRefusal as error:
+                refusal = error  # DALI names no sample: torchvision below finds which one it was
+        regions = [
             self._torch.regions([samples[row]], [boxes[row]])[0] if region is None else region
             for row, region in enumerate(found)
         ]
+        if refusal and not any(isinstance(regions[row], DamagedSampleError) for row in mine):
+            refusal.warn(len(mine))
+        return regions
 
     def try_out(self) -> None:
-        """Decode a tiny JPEG. Raises RuntimeError when DALI does not work on this machine."""
-        self._run([_trial().data], [Box(0, 0, 8, 8)])
+        """Decode two tiny JPEGs. Raises RuntimeError when DALI does not work on this machine."""
+        self._run([_trial().data] * 2, [Box(0, 0, 8, 8)] * 2)
 
     def close(self) -> None:
         """The pipelines end with their threads."""
@@ -101,16 +122,12 @@ class DaliCpuDecoder:
             self._own.rows = len(data)
             self._own.pipeline = _region_pipeline(len(data))
         pipeline = self._own.pipeline
+        _feed(pipeline, data, boxes)
         try:
-            # The decoder reads the bytes where they are: they live in `data` until the run is over.
-            pipeline.feed_input("jpeg", [np.frombuffer(encoded, np.uint8) for encoded in data])
-            corners = np.array(boxes, np.int64)
-            pipeline.feed_input("anchor", corners[:, :2])
-            pipeline.feed_input("shape", corners[:, 2:])
             return pipeline.run()[0]
-        except RuntimeError:
+        except RuntimeError as error:
             self._own.rows = 0  # a pipeline that has failed is not trusted with the next batch
-            raise
+            raise DaliRefusal(str(error)) from None
 
 
 def _region_pipeline(max_rows: int) -> Any:
@@ -128,6 +145,14 @@ def _inputs() -> tuple[Any, Any, Any]:
     anchor = fn.external_source(name="anchor", dtype=types.INT64, ndim=1, batch=True)
     shape = fn.external_source(name="shape", dtype=types.INT64, ndim=1, batch=True)
     return jpeg, anchor, shape
+
+
+def _feed(pipeline: Any, data: list[bytes], boxes: Sequence[Box]) -> None:
+    # The decoder reads the bytes where they are: they must live until the run is over.
+    pipeline.feed_input("jpeg", [np.frombuffer(encoded, np.uint8) for encoded in data])
+    anchors, shapes = np.array(boxes, np.int64).reshape(-1, 2, 2).swapaxes(0, 1).copy()
+    pipeline.feed_input("anchor", anchors)
+    pipeline.feed_input("shape", shapes)
 
 
 def _decoded(jpeg: Any, anchor: Any, shape: Any, device: str) -> Any:
@@ -186,10 +211,12 @@ class DaliBatchDecoder:
                 damaged.append(error)
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        refusal = None
         if mine:
             try:
                 self._run(samples, boxes, flips, size, mine, images)
-            except RuntimeError:
+            except DaliRefusal as error:
+                refusal = error
                 others += mine  # see DaliCpuDecoder.regions
         for row in sorted(others):
             sample = samples[row]
@@ -202,6 +229,8 @@ class DaliBatchDecoder:
             resize_region(region, boxes[row], boxes[row], bool(flips[row]), pixels)
             with torch.cuda.stream(self._stream):
                 images[row].copy_(pixels.permute(1, 2, 0))
+        if refusal and not damaged:
+            refusal.warn(len(mine))
         event = None
         if self._stream is not None:
             event = torch.cuda.Event()
@@ -209,9 +238,9 @@ class DaliBatchDecoder:
         return images.permute(0, 3, 1, 2), damaged, event
 
     def try_out(self) -> None:
-        """Decode a tiny JPEG. Raises RuntimeError when DALI does not work on this machine."""
-        images = torch.zeros((1, 8, 8, 3), dtype=torch.uint8, device=self.device)
-        self._run([_trial()], [Box(0, 0, 8, 8)], np.zeros(1, bool), 8, [0], images)
+        """Decode two tiny JPEGs. Raises RuntimeError when DALI does not work on this machine."""
+        images = torch.zeros((2, 8, 8, 3), dtype=torch.uint8, device=self.device)
+        self._run([_trial()] * 2, [Box(0, 0, 8, 8)] * 2, np.zeros(2, bool), 8, [0, 1], images)
 
     def close(self) -> None:
         """Free the pipeline's threads and memory."""
@@ -230,18 +259,14 @@ class DaliBatchDecoder:
             self._max_rows = max(len(samples), self._max_rows)
             self._pipeline = _batch_pipeline(self._max_rows, self._threads, self.device)
         pipeline = self._pipeline
+        _feed(pipeline, [sample.data for row in rows if (sample := samples[row])], [boxes[row] for row in rows])
+        pipeline.feed_input("size", np.full((len(rows), 2), size, np.float32))
+        pipeline.feed_input("mirror", flips[rows].astype(np.int32))
         try:
-            data = [sample.data for row in rows if (sample := samples[row])]
-            pipeline.feed_input("jpeg", [np.frombuffer(encoded, np.uint8) for encoded in data])
-            corners = np.array([boxes[row] for row in rows], np.int64)
-            pipeline.feed_input("anchor", corners[:, :2])
-            pipeline.feed_input("shape", corners[:, 2:])
-            pipeline.feed_input("size", np.full((len(rows), 2), size, np.float32))
-            pipeline.feed_input("mirror", flips[rows].astype(np.int32))
             decoded = pipeline.run()[0].as_tensor()
-        except RuntimeError:
+        except RuntimeError as error:
             self._pipeline = None
-            raise
+            raise DaliRefusal(str(error)) from None
         with torch.cuda.stream(self._stream):
             whole = rows == list(range(len(samples)))
             target = images if whole else torch.empty_like(images[: len(rows)])

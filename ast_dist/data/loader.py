@@ -139,7 +139,7 @@ class Loader:
         batch = Batch(
             step=step,
             ids=torch.full((rows,), -1, dtype=torch.int64),
-            images=_black(0 if on_device else rows, size),
+            images=_unwritten(0 if on_device else rows, size),
             labels=torch.zeros(rows, dtype=torch.int64),
             weights=torch.zeros(rows, dtype=torch.float32),
             is_active=torch.zeros(rows, dtype=torch.bool),
@@ -257,9 +257,9 @@ class Loader:
             self.samples_decoded += count
 
 
-def _black(rows: int, size: int) -> Tensor:
+def _unwritten(rows: int, size: int) -> Tensor:
     """(rows, 3, size, size) uint8 in channels_last memory, in which decoders write and most models read."""
-    return torch.zeros((rows, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    return torch.empty((rows, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
 
 
 def _drawn(samples: list[Encoded], crops: _Crops) -> augment.Crops:
@@ -293,7 +293,9 @@ class _Pending:
             batch.ready.wait()  # the current stream waits, not the host
             batch.images.record_stream(torch.cuda.current_stream(batch.images.device))
         is_active = batch.is_active
-        if is_active.any() and not is_active.all():
+        if not is_active.any():
+            batch.images.zero_()
+        elif not is_active.all():
             # Padding and damaged rows repeat a sample: a black image would bend this rank's batch statistics.
             # By an index on the device, which a mask would have to be counted for.
             first, others = int(is_active.nonzero()[0]), (~is_active).nonzero()[:, 0]

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import interpolate, pad
+from torch.nn.functional import interpolate
 
 # PyTorch's own resize, as interpolate calls it, but for its result: into a row of the batch instead of new memory,
 # which spares a third of its time (260 + 90 µs for a resize and its copy, 180 µs in place; 299 × 299 to 224 × 224).
@@ -51,11 +51,7 @@ def resize_region(region: Tensor, box: Box, held: Box, flip: bool, out: Tensor) 
         _place(region, box, held, flip, out)
         return
     if held != box:
-        below, right = (
-            (box.top + box.height) - (held.top + held.height),
-            (box.left + box.width) - (held.left + held.width),
-        )
-        region = pad(region, (held.left - box.left, right, held.top - box.top, below))
+        region = _framed(region, box, held)
     if not flip:
         _resize_into(region[None], out[None])
         return
@@ -81,10 +77,18 @@ def crop_resize(image: Tensor, box: np.ndarray, flip: bool, size: int, out: Tens
 
 def _resize_into(image: Tensor, out: Tensor) -> None:
     size = [out.shape[-2], out.shape[-1]]
-    if _RESIZE is not None and image.dtype == torch.uint8:
+    # In place only from and to channels_last memory, where the channels lie side by side.
+    if _RESIZE is not None and image.stride(1) == out.stride(1) == 1:
         _RESIZE.out(image, size, False, None, None, out=out)
     else:
         out.copy_(interpolate(image, size, mode="bilinear", antialias=True))
+
+
+def _framed(region: Tensor, box: Box, held: Box) -> Tensor:
+    """The whole box, with zeros around the pixels held."""
+    whole = torch.zeros((box.height, box.width, 3), dtype=torch.uint8).permute(2, 0, 1)
+    cut(whole, Box(held.top - box.top, held.left - box.left, held.height, held.width)).copy_(region)
+    return whole
 
 
 def _place(region: Tensor, box: Box, held: Box, flip: bool, out: Tensor) -> None:
