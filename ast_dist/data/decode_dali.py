@@ -156,6 +156,8 @@ def _feed(pipeline: Any, data: list[bytes], boxes: Sequence[Box]) -> None:
 
 
 def _decoded(jpeg: Any, anchor: Any, shape: Any, device: str) -> Any:
+    # A share of a batch for the hardware's decoder would make a sample's pixels depend on the batch it comes in.
+    mixed = {"hw_decoder_load": 0.0} if device == "mixed" else {}
     return fn.decoders.image_slice(
         jpeg,
         anchor,
@@ -165,6 +167,7 @@ def _decoded(jpeg: Any, anchor: Any, shape: Any, device: str) -> Any:
         output_type=types.RGB,
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,
+        **mixed,
     )
 
 
