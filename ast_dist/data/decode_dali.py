@@ -156,8 +156,6 @@ def _feed(pipeline: Any, data: list[bytes], boxes: Sequence[Box]) -> None:
 
 
 def _decoded(jpeg: Any, anchor: Any, shape: Any, device: str) -> Any:
-    # A share of a batch for the hardware's decoder would make a sample's pixels depend on the batch it comes in.
-    mixed = {"hw_decoder_load": 0.0} if device == "mixed" else {}
     return fn.decoders.image_slice(
         jpeg,
         anchor,
@@ -167,7 +165,8 @@ def _decoded(jpeg: Any, anchor: Any, shape: Any, device: str) -> Any:
         output_type=types.RGB,
         adjust_orientation=False,
         jpeg_fancy_upsampling=True,
-        **mixed,
+        # A share of a batch for a GPU's hardware decoder would make a sample's pixels depend on its batch.
+        hw_decoder_load=0.0,
     )
 
 
@@ -202,7 +201,26 @@ class DaliBatchDecoder:
         Returns (n, 3, size, size) uint8 in channels_last memory on the device, 0 where there is no image; the samples
         that do not decode; and the event after which the images may be used (None on a CPU).
         """
-        images = torch.zeros((len(samples), size, size, 3), dtype=torch.uint8, device=self.device)
+        # All of it on a stream of its own, memory included: on the default one it would wait for the training step.
+        with torch.cuda.stream(self._stream):
+            images = torch.zeros((len(samples), size, size, 3), dtype=torch.uint8, device=self.device)
+            damaged = self._fill(images, samples, boxes, flips)
+            event = self._stream.record_event() if self._stream is not None else None
+        return images.permute(0, 3, 1, 2), damaged, event
+
+    def try_out(self) -> None:
+        """Decode two tiny JPEGs. Raises RuntimeError when DALI does not work on this machine."""
+        images = torch.zeros((2, 8, 8, 3), dtype=torch.uint8, device=self.device)
+        self._run(images, [_trial()] * 2, [Box(0, 0, 8, 8)] * 2, np.zeros(2, bool), [0, 1])
+
+    def close(self) -> None:
+        """Free the pipeline's threads and memory."""
+        self._pipeline = None
+
+    def _fill(
+        self, images: Tensor, samples: Sequence[Encoded | None], boxes: Sequence[Box], flips: np.ndarray
+    ) -> list[DamagedSampleError]:
+        """Decode into (n, size, size, 3); returns what is damaged."""
         damaged: list[DamagedSampleError] = []
         mine: list[int] = []
         others: list[int] = []
@@ -212,56 +230,40 @@ class DaliBatchDecoder:
                     (mine if is_for_dali(sample) else others).append(row)
             except DamagedSampleError as error:
                 damaged.append(error)
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
         refusal = None
         if mine:
             try:
-                self._run(samples, boxes, flips, size, mine, images)
+                self._run(images, samples, boxes, flips, mine)
             except DaliRefusal as error:
                 refusal = error
                 others += mine  # see DaliCpuDecoder.regions
+        size = images.shape[1]
         for row in sorted(others):
             sample = samples[row]
             assert sample is not None
-            region = self._torch.regions([sample], [boxes[row]])[0]
+            [region] = self._torch.regions([sample], [boxes[row]])
             if isinstance(region, DamagedSampleError):
                 damaged.append(region)
                 continue
-            pixels = torch.empty((size, size, 3), dtype=torch.uint8).permute(2, 0, 1)
-            resize_region(region, boxes[row], boxes[row], bool(flips[row]), pixels)
-            with torch.cuda.stream(self._stream):
-                images[row].copy_(pixels.permute(1, 2, 0))
+            pixels = torch.empty((size, size, 3), dtype=torch.uint8)
+            resize_region(region, boxes[row], boxes[row], bool(flips[row]), pixels.permute(2, 0, 1))
+            images[row].copy_(pixels)
         if refusal and not damaged:
             refusal.warn(len(mine))
-        event = None
-        if self._stream is not None:
-            event = torch.cuda.Event()
-            event.record(self._stream)
-        return images.permute(0, 3, 1, 2), damaged, event
-
-    def try_out(self) -> None:
-        """Decode two tiny JPEGs. Raises RuntimeError when DALI does not work on this machine."""
-        images = torch.zeros((2, 8, 8, 3), dtype=torch.uint8, device=self.device)
-        self._run([_trial()] * 2, [Box(0, 0, 8, 8)] * 2, np.zeros(2, bool), 8, [0, 1], images)
-
-    def close(self) -> None:
-        """Free the pipeline's threads and memory."""
-        self._pipeline = None
+        return damaged
 
     def _run(
         self,
+        images: Tensor,
         samples: Sequence[Encoded | None],
         boxes: Sequence[Box],
         flips: np.ndarray,
-        size: int,
         rows: list[int],
-        images: Tensor,
     ) -> None:
         if self._pipeline is None or len(rows) > self._max_rows:
             self._max_rows = max(len(samples), self._max_rows)
             self._pipeline = _batch_pipeline(self._max_rows, self._threads, self.device)
-        pipeline = self._pipeline
+        pipeline, size = self._pipeline, images.shape[1]
         _feed(pipeline, [sample.data for row in rows if (sample := samples[row])], [boxes[row] for row in rows])
         pipeline.feed_input("size", np.full((len(rows), 2), size, np.float32))
         pipeline.feed_input("mirror", flips[rows].astype(np.int32))
@@ -270,12 +272,11 @@ class DaliBatchDecoder:
         except RuntimeError as error:
             self._pipeline = None
             raise DaliRefusal(str(error)) from None
-        with torch.cuda.stream(self._stream):
-            whole = rows == list(range(len(samples)))
-            target = images if whole else torch.empty_like(images[: len(rows)])
-            feed_ndarray(decoded, target, cuda_stream=self._stream)
-            if not whole:
-                images[rows] = target
+        is_whole = len(rows) == len(samples)
+        target = images if is_whole else torch.empty_like(images[: len(rows)])
+        feed_ndarray(decoded, target, cuda_stream=self._stream)
+        if not is_whole:
+            images[rows] = target
         if self._stream is not None:
             self._stream.synchronize()  # DALI's buffer is its own again when `decoded` is gone
 
