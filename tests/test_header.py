@@ -163,7 +163,7 @@ def test_a_header_needs_neither_torch_nor_pillow():
         b"\xff\xc4\0\x05\1\2\3",  # a segment of Huffman tables, whose marker lies among those of frame headers
         b"\xff\xd0",  # a restart marker, which has no length
         b"\xff\x01",
-        b"\x13\0\x37",  # stray bytes
+        b"\x13\x37\x37",  # stray bytes
     ],
 )
 def test_what_decoders_pass_over_before_the_frame_header_is_passed_over(inserted):
