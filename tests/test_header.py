@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from ast_dist.data.header import Header, image_header
+from ast_dist.data.header import Header, exif_orientation, image_header
 
 
 def encoded(height, width, mode="RGB", kind="JPEG", **options):
@@ -169,3 +169,23 @@ def test_a_header_needs_neither_torch_nor_pillow():
 def test_what_decoders_pass_over_before_the_frame_header_is_passed_over(inserted):
     data = encoded(30, 40)
     assert image_header(data[:20] + inserted + data[20:]) == image_header(data)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("byte_order", [b"II", b"MM"])
+@pytest.mark.parametrize("orientation", range(10))
+def test_exif_orientation_is_pillows_where_it_asks_for_a_turn(kind, byte_order, orientation):
+    exif = Image.Exif()
+    exif.endian = "<" if byte_order == b"II" else ">"
+    exif[0x010F], exif[0x0112] = "a camera", orientation
+    data = encoded(9, 7, kind=kind, exif=exif.tobytes())
+    assert byte_order in data
+    assert exif_orientation(data, kind.lower()) == (orientation if 2 <= orientation <= 8 else 0)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.binary(max_size=60), st.sampled_from(["jpeg", "png", "webp", "other"]))
+def test_damaged_exif_data_ask_for_no_turn_or_one_of_seven(rest, kind):
+    mark = {"jpeg": b"Exif\0\0", "png": b"eXIf", "webp": b"EXIF\0\0\0\0"}.get(kind, b"")
+    assert exif_orientation(mark + b"II*\0" + rest, kind) in {0, *range(2, 9)}
+    assert exif_orientation(mark + b"MM\0*\0\0\0\x08" + rest, kind) in {0, *range(2, 9)}

@@ -9,12 +9,15 @@ Sources: ITU-T T.81, annex B (JPEG); PNG specification, section 11.2.2; RFC 9649
 """
 
 import io
+import struct
 from typing import Literal, NamedTuple
 
 _SIZE_MARKERS = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # SOFn; the three are DHT, JPG and DAC
 _BARE_MARKERS = frozenset({0x00, 0x01, *range(0xD0, 0xD9)})  # a stuffed byte, TEM, RSTn and SOI: no length follows
 _APP14, _EOI, _SOS = 0xEE, 0xD9, 0xDA
 _PNG_START = b"\x89PNG\r\n\x1a\n"
+_EXIF_MARKS = {"jpeg": b"Exif\0\0", "png": b"eXIf", "webp": b"EXIF"}  # what stands before the EXIF data
+_ORIENTATION_TAG = 0x0112
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by colour type; a palette's colours have three
 
 
@@ -54,6 +57,33 @@ def image_header(data: bytes) -> Header:
     if not (header.height and header.width):
         raise ValueError(f"states a size of {header.width}×{header.height} pixels")
     return header
+
+
+def exif_orientation(data: bytes, kind: str) -> int:
+    """The turn that an image's EXIF data ask for: 2 … 8 (EXIF 2.32, section 4.6.4), or 0 for none.
+
+    data: the encoded image. kind: as `image_header` says. Damaged EXIF data ask for nothing, as decoders see it.
+    """
+    mark = _EXIF_MARKS.get(kind)
+    at = data.find(mark, 0, 1 << 17 if kind == "jpeg" else len(data)) if mark else -1
+    if not mark or at < 0:
+        return 0
+    at += len(mark) + (4 if kind == "webp" else 0)  # a WebP chunk's size stands between
+    if data[at : at + 6] == b"Exif\0\0":
+        at += 6
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[at : at + 4])
+    if order is None:
+        return 0
+    try:
+        (first,) = struct.unpack_from(f"{order}I", data, at + 4)
+        (count,) = struct.unpack_from(f"{order}H", data, at + first)
+        for entry in range(at + first + 2, at + first + 2 + 12 * count, 12):
+            tag, kind_of_value, values, value = struct.unpack_from(f"{order}HHIH", data, entry)
+            if tag == _ORIENTATION_TAG:
+                return value if (kind_of_value, values) == (3, 1) and 2 <= value <= 8 else 0
+    except struct.error:  # the data end early
+        return 0
+    return 0
 
 
 def _jpeg(data: bytes) -> Header:
