@@ -22,7 +22,8 @@ from ast_dist.data.cache import make_cache
 from ast_dist.data.decode_torch import crop_resize, decode
 from ast_dist.data.index import Index
 from ast_dist.data.order import Plan, rank_share, step_ids
-from ast_dist.data.read import DamagedSampleError, Reader
+from ast_dist.data.read import DamagedSampleError
+from ast_dist.data.remote import open_reader
 
 # BatchNorm refuses a single value per channel, and a rank without samples must still take part in the step.
 MIN_ROWS = 2
@@ -70,7 +71,7 @@ class Loader:
         self.config = config
         self.rank = rank
         self.world_size = world_size
-        self.reader = Reader(index)
+        self.reader = open_reader(index, config)
         self.cache = make_cache(index, config)
         self.samples_decoded = 0
         self._count_lock = threading.Lock()
