@@ -326,7 +326,7 @@ class Config:
         for name in ("train", "val"):
             _require(
                 bool(getattr(self.data, name)),
-                f"--data.{name} is missing. Name the folder or URL of the {name} shards.",
+                f"--data.{name} is missing. Name the folder or URL of its shards.",
             )
         mixes = max(self.optim.mixup_alpha, self.optim.cutmix_alpha) > 0
         _require(

@@ -5,8 +5,8 @@
 
 The index is copied to the cache folder and memory-mapped there; shards are fetched as they are needed, whole
 (`data/shard_cache.py`). Who one is, and which endpoint, is said where fsspec and the clients below it look for it: the
-usual credentials of each provider; AWS_ENDPOINT_URL or FSSPEC_S3_ENDPOINT_URL for another S3 server, FSSPEC_S3_ANON=true
-for a public bucket, HF_TOKEN, GOOGLE_APPLICATION_CREDENTIALS; FSSPEC_HTTPS_HEADERS or ~/.config/fsspec for the rest.
+usual credentials of each provider; AWS_ENDPOINT_URL or FSSPEC_S3_ENDPOINT_URL for another S3 server;
+FSSPEC_S3_ANON=true for a public bucket; HF_TOKEN; GOOGLE_APPLICATION_CREDENTIALS; ~/.config/fsspec for the rest.
 A URL may carry a query (a signature); it is sent with every name, and no message shows it.
 
 Not kept in bounds: copies of indices (about 60 bytes a sample), in CACHE/index; each is removed by hand.
@@ -213,18 +213,19 @@ class RemoteFiles:
         """Sizes of the shards by name, None for one that is missing; without those that the server did not tell."""
         from fsspec.asyn import sync
 
-        async def size(name: str) -> int | None:
+        headers = {**self._files.kwargs.get("headers", {}), "Accept-Encoding": "identity"}
+
+        async def size(session: Any, name: str) -> int | None:
             # fsspec's own `info` takes every error, also a broken connection, for a missing file.
-            async with session.head(self._address(name), allow_redirects=True, **headers) as response:
+            async with session.head(self._address(name), allow_redirects=True, headers=headers) as response:
                 if response.status in (404, 410):
                     return None
                 response.raise_for_status()
                 return int(response.headers["Content-Length"])
 
         async def all_sizes() -> dict[str, int | None]:
-            nonlocal session
             session = await self._files.set_session()
-            tasks = {str(shard["name"]): asyncio.ensure_future(size(shard["name"])) for shard in shards}
+            tasks = {str(shard["name"]): asyncio.ensure_future(size(session, shard["name"])) for shard in shards}
             if tasks:
                 _, late = await asyncio.wait(tasks.values(), timeout=_CHECK_DEADLINE_S)
                 for task in late:
@@ -233,8 +234,6 @@ class RemoteFiles:
             told = {name: task for name, task in tasks.items() if not task.cancelled() and task.exception() is None}
             return {name: task.result() for name, task in told.items()}
 
-        session: Any = None
-        headers = {"headers": {**self._files.kwargs.get("headers", {}), "Accept-Encoding": "identity"}}
         sizes: dict[str, int | None] = sync(self._files.loop, all_sizes)
         return sizes
 
@@ -325,7 +324,8 @@ def _pause_s(tries: int) -> float:
 def _status(error: BaseException) -> int | None:
     """The HTTP status that an error tells of, in any of the libraries' ways."""
     response = getattr(error, "response", None)
-    values = [getattr(error, "status", None), getattr(error, "code", None), getattr(response, "status_code", None)]
+    values: list[Any] = [getattr(error, name, None) for name in ("status", "code")]
+    values.append(getattr(response, "status_code", None))
     return next((int(value) for value in values if re.fullmatch(r"[1-5]\d\d", str(value))), None)
 
 

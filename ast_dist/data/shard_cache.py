@@ -275,7 +275,7 @@ class ShardCache:
             os.close(descriptor)  # and with it the lock
 
     def _download(self, descriptor: int, shard: int) -> None:
-        entry, size, digests = self._shards[shard], self._bytes[shard], []
+        entry, size, found = self._shards[shard], self._bytes[shard], ""
         for _ in range(2):  # what a killed process left may not have reached the disk, and proxies make mistakes
             digest, done = hashlib.sha256(), 0
             while done < size and (piece := os.pread(descriptor, min(PIECE_BYTES, size - done), done)):
@@ -286,14 +286,14 @@ class ShardCache:
                 self._write(descriptor, piece, done, shard)
                 digest.update(piece)
                 done += len(piece)
-            if done == size and digest.hexdigest() == entry["sha256"]:
+            found = digest.hexdigest()
+            if found == entry["sha256"]:
                 os.fsync(descriptor)  # a host that crashes must not leave a whole file's name on half a file
                 return
-            digests.append(digest.hexdigest())
             os.ftruncate(descriptor, 0)
         raise RankError(
-            f"{self._source.url(entry['name'])}: SHA-256 {digests[-1]} of {done:,} bytes, but the manifest states "
-            f"{entry['sha256']} of {size:,}, in two tries. Upload the shard again, or the manifest that belongs to it."
+            f"{self._source.url(entry['name'])}: its {size:,} bytes have SHA-256 {found}, but the manifest states "
+            f"{entry['sha256']}, in two tries. Upload the shard again, or the manifest that belongs to it."
         )
 
     def _write(self, descriptor: int, piece: bytes, position: int, shard: int) -> None:
