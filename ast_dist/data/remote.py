@@ -323,10 +323,11 @@ def _pause_s(tries: int) -> float:
 
 def _status(error: BaseException) -> int | None:
     """The HTTP status that an error tells of, in any of the libraries' ways."""
-    response = getattr(error, "response", None)
-    values: list[Any] = [getattr(error, name, None) for name in ("status", "code")]
-    values.append(getattr(response, "status_code", None))
-    return next((int(value) for value in values if re.fullmatch(r"[1-5]\d\d", str(value))), None)
+    for owner, name in ((error, "status"), (getattr(error, "response", None), "status_code"), (error, "code")):
+        value = getattr(owner, name, None)
+        if re.fullmatch(r"[1-5]\d\d", str(value)):
+            return int(str(value))
+    return None
 
 
 def _is_final(error: BaseException) -> bool:

@@ -278,7 +278,8 @@ class ShardCache:
         entry, size, found = self._shards[shard], self._bytes[shard], ""
         for _ in range(2):  # what a killed process left may not have reached the disk, and proxies make mistakes
             digest, done = hashlib.sha256(), 0
-            while done < size and (piece := os.pread(descriptor, min(PIECE_BYTES, size - done), done)):
+            present = min(size, os.fstat(descriptor).st_size)
+            while done < present and (piece := os.pread(descriptor, min(PIECE_BYTES, present - done), done)):
                 digest.update(piece)
                 done += len(piece)
             while done < size:
