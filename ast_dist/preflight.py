@@ -40,13 +40,13 @@ def check_data(config: Config, train: Index, val: Index, world_size: int) -> int
     num_classes = config.model.num_classes or train.num_classes
     for name, index in (("train", train), ("val", val)):
         if index.num_samples == 0:
-            raise UserError(f"--data.{name} {index.root}: holds no samples.")
+            raise UserError(f"--data.{name} {index.location}: holds no samples.")
         lowest, highest = int(index.label.argmin()), int(index.label.argmax())
         worst = lowest if index.label[lowest] < 0 else highest
         label = int(index.label[worst])
         if not 0 <= label < num_classes:
             raise UserError(
-                f"--data.{name} {index.root}: sample {index.key(worst)} has label {label}, but the model has "
+                f"--data.{name} {index.location}: sample {index.key(worst)} has label {label}, but the model has "
                 f"{num_classes} classes (0 … {num_classes - 1}). Set --model.num-classes {index.num_classes} or 0."
             )
         make_cache(index, config.data)  # raises where the set does not fit; memory is reserved, not taken
@@ -95,8 +95,8 @@ def print_dry_run(config: Config, train: Index, val: Index) -> None:
     rates = [policy.target_rate(epoch) for epoch in range(policy.epochs)]
     trained = round(sum(rates) * train.num_samples)
     full = config.loop.epochs * train.num_samples
-    print(f"train      {train.num_samples:,} samples, {train.num_classes} classes, {train.root}")
-    print(f"val        {val.num_samples:,} samples, {val.root}")
+    print(f"train      {train.num_samples:,} samples, {train.num_classes} classes, {train.location}")
+    print(f"val        {val.num_samples:,} samples, {val.location}")
     print(f"policy     {config.gate.policy}: about {trained:,} of {full:,} samples trained ({trained / full:.0%})")
     cost = sum(policy.cost(epoch) for epoch in range(policy.epochs))
     print(f"cost       about {cost:.2f} epochs of full training, in {policy.epochs} epochs")

@@ -81,7 +81,7 @@ class Trainer:
         # Rank 0 alone has one.
         self.tracker: Tracker | None = None
         self.lease: Lease | None = None
-        self.damage = DamageLog(config.data.damaged_limit, train.num_samples, str(train.root), world)
+        self.damage = DamageLog(config.data.damaged_limit, train.num_samples, train.location, world)
         self.lagged = LaggedRead()
         # Set by what the ranks agreed on, and so the same on all of them.
         self._wants_stop = False

@@ -26,12 +26,16 @@ from ast_dist.data.encoded import Encoded
 from ast_dist.data.header import image_header
 from ast_dist.data.index import Index
 from ast_dist.data.order import Plan, rank_share, step_ids
-from ast_dist.data.read import DamagedSampleError, Reader
+from ast_dist.data.read import DamagedSampleError
+from ast_dist.data.remote import open_reader
 from ast_dist.data.resize import Box, cut, resize_region
 
 __all__ = ["MIN_ROWS", "Batch", "Loader", "upload"]
 
 _CPU = torch.device("cpu")
+
+# Samples after a batch whose remote shards are fetched meanwhile, where the cache has room: a block of shards or two.
+_AHEAD_SAMPLES = 32_768
 
 # ids, heights, widths → crops: a pure function, so that it may be called for any part of a batch.
 _Crops = Callable[[np.ndarray, np.ndarray, np.ndarray], augment.Crops]
@@ -57,7 +61,7 @@ class Loader:
         self.rank = rank
         self.world_size = world_size
         self.device = device
-        self.reader = Reader(index)
+        self.reader = open_reader(index, config)
         self.cache = make_cache(index, config)
         self.samples_decoded = 0
         self._count_lock = threading.Lock()
@@ -84,17 +88,15 @@ class Loader:
         def crops(ids: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> augment.Crops:
             return augment.train_crops(ids, heights, widths, seed, epoch, self.config)
 
-        steps = range(start_step, plan.num_steps(global_batch_size))
-        return self._prefetched(
-            self._start(
-                step,
-                step_ids(plan.ids, step, global_batch_size),
-                None if plan.weights is None else step_ids(plan.weights, step, global_batch_size),
-                crops,
-                image_size(step) if image_size else self.config.image_size,
-            )
-            for step in steps
-        )
+        def start(step: int) -> _Pending:
+            ids = step_ids(plan.ids, step, global_batch_size)
+            weights = None if plan.weights is None else step_ids(plan.weights, step, global_batch_size)
+            last = (step + 1) * global_batch_size
+            ahead = plan.ids[last : last + _AHEAD_SAMPLES] if self.index.is_remote else None
+            size = image_size(step) if image_size else self.config.image_size
+            return self._start(step, ids, weights, crops, size, ahead)
+
+        return self._prefetched(map(start, range(start_step, plan.num_steps(global_batch_size))))
 
     def val_batches(self, global_batch_size: int) -> Iterator[Batch]:
         """This rank's share of the whole split, in index order, with central crops."""
@@ -102,12 +104,15 @@ class Loader:
         def crops(ids: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> augment.Crops:
             return augment.val_crops(heights, widths, self.config)
 
-        count, size = self.index.num_samples, self.config.image_size
-        batches = (
-            np.arange(first, min(first + global_batch_size, count), dtype=np.int64)
-            for first in range(0, count, global_batch_size)
-        )
-        return self._prefetched(self._start(step, ids, None, crops, size) for step, ids in enumerate(batches))
+        count = self.index.num_samples
+
+        def start(step: int) -> _Pending:
+            first = step * global_batch_size
+            last = min(first + global_batch_size, count)
+            ahead = np.arange(last, min(last + _AHEAD_SAMPLES, count)) if self.index.is_remote else None
+            return self._start(step, np.arange(first, last), None, crops, self.config.image_size, ahead)
+
+        return self._prefetched(map(start, range(-(-count // global_batch_size))))
 
     def close(self) -> None:
         """Stop the threads and close the shards."""
@@ -131,9 +136,16 @@ class Loader:
                 item.cancel()
 
     def _start(
-        self, step: int, global_ids: np.ndarray, global_weights: np.ndarray | None, crops: _Crops, size: int
+        self,
+        step: int,
+        global_ids: np.ndarray,
+        global_weights: np.ndarray | None,
+        crops: _Crops,
+        size: int,
+        ahead: np.ndarray | None,
     ) -> "_Pending":
         ids = rank_share(global_ids, self.rank, self.world_size)
+        self.reader.will_need(ids if self.cache is None else self.cache.missing(ids), ahead)
         rows = max(len(ids), MIN_ROWS)
         on_device = not isinstance(self.decoder, RegionDecoder)
         batch = Batch(
