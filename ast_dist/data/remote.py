@@ -299,10 +299,11 @@ def _copy_index(files: RemoteFiles, root: Path, raw: bytes, manifest: Mapping[st
         if leftover.exists():
             shutil.rmtree(leftover)
     field_path(temporary, KEYS_NAME).parent.mkdir(parents=True)
+    checksums = manifest.get("index_sha256")
     for name in [*FIELDS, KEYS_NAME]:
         path = field_path(temporary, name)
         files.download(f"index/{name}.npy", path)
-        stated = manifest.get("index_sha256", {}).get(name)
+        stated = checksums.get(name) if isinstance(checksums, dict) else None
         if stated and (found := file_sha256(path)) != stated:
             raise UserError(
                 f"{files.url(f'index/{name}.npy')}: SHA-256 {found}, but the manifest states {stated}. Upload index/ "
