@@ -27,8 +27,10 @@ class DataConfig:
     """Folder or URL (s3://, gs://, hf://, https://) of the training shards (it holds manifest.json)."""
     val: str = ""
     """Folder or URL of the validation shards."""
-    decoder: Literal["auto", "torch"] = "auto"
-    """What decodes images; auto takes the fastest that works here and says which."""
+    decoder: Literal["auto", "dali", "torch"] = "auto"
+    """What decodes images: NVIDIA DALI or torchvision; auto takes the best that works here and says which."""
+    shuffle_block_shards: int = -1
+    """Shards that are shuffled at a time, 0 for all; -1 takes 8 behind a URL or above 16 million samples, else 0."""
     cache: Literal["auto", "ram", "none"] = "auto"
     """Keep decoded uint8 images in memory after the first pass: auto does so when they fit in cache_mb."""
     cache_mb: int = 2048
@@ -64,6 +66,10 @@ class DataConfig:
         _require(self.image_size >= 1, f"data.image_size is {self.image_size}, but must be at least 1 pixel.")
         _require(0.0 < self.crop_scale_min <= 1.0, f"data.crop_scale_min is {self.crop_scale_min:g}, not in (0, 1].")
         _require(0.0 < self.val_crop_ratio <= 1.0, f"data.val_crop_ratio is {self.val_crop_ratio:g}, not in (0, 1].")
+        _require(
+            self.shuffle_block_shards >= -1,
+            f"data.shuffle_block_shards is {self.shuffle_block_shards}, but must be at least -1 (-1 = automatic).",
+        )
         _require(self.crop_pad_px >= 0, f"data.crop_pad_px is {self.crop_pad_px}, but must be at least 0.")
         _require(self.threads >= 0, f"data.threads is {self.threads}, but must be at least 0 (0 = automatic).")
         _require(self.prefetch_batches >= 1, f"data.prefetch_batches is {self.prefetch_batches}, must be at least 1.")

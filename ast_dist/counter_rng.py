@@ -22,6 +22,7 @@ STREAM_CONVERT = 6
 STREAM_INIT = 7
 STREAM_MIX = 8
 STREAM_WORKER = 9
+STREAM_SHARDS = 10
 
 
 def _mix_int(value: int) -> int:

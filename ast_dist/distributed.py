@@ -178,7 +178,7 @@ class World:
         if self.size == 1:
             return rows
         received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
-        dist.all_to_all_single(received, rows, receive_counts, send_counts)
+        dist.all_to_all_single(received, rows.contiguous(), receive_counts, send_counts)
         return received
 
     def broadcast_buffers(self, module: torch.nn.Module) -> None:

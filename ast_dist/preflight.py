@@ -1,15 +1,28 @@
 """What is judged before anything is written: configuration and data against each other."""
 
+import dataclasses
+
 import torch
 
 from ast_dist.config import Config
 from ast_dist.data.cache import make_cache
 from ast_dist.data.index import Index
-from ast_dist.data.order import epoch_order
+from ast_dist.data.order import LARGEST_WHOLE_ORDER, Orders
 from ast_dist.errors import UserError
 from ast_dist.gate.policy import PolicySetup, checked_plan
 from ast_dist.gate.registry import make_policy
 from ast_dist.model import build_model
+
+_BLOCK_SHARDS = 8
+
+
+def with_block_shards(config: Config, train: Index) -> Config:
+    """The configuration with `data.shuffle_block_shards` settled: a run's record must hold what it trains by."""
+    if config.data.shuffle_block_shards >= 0:
+        return config
+    needs_blocks = train.is_remote or train.num_samples > LARGEST_WHOLE_ORDER
+    data = dataclasses.replace(config.data, shuffle_block_shards=_BLOCK_SHARDS if needs_blocks else 0)
+    return dataclasses.replace(config, data=data)
 
 
 def check_data(config: Config, train: Index, val: Index, world_size: int) -> int:
@@ -48,7 +61,7 @@ def check_data(config: Config, train: Index, val: Index, world_size: int) -> int
         raise UserError("loop.precision is fp16, which is for GPUs, and torch sees none. Use bf16 or fp32.")
     policy = make_policy(PolicySetup.of_run(config, train.num_samples, train.label))
     if ":" in config.gate.policy:  # ours are tested; one of the user's own is tried before anything is written
-        checked_plan(policy, 0, epoch_order(train.num_samples, config.seed, 0))
+        checked_plan(policy, 0, Orders(train.shard_sizes, config.seed, config.data.shuffle_block_shards).of(0))
     _check_model(config, num_classes)
     return num_classes
 

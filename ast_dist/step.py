@@ -119,7 +119,9 @@ class TrainStep:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        images, other_labels = self.normalize(batch.images), batch.labels
+        # Autocast would round the same numbers at the first convolution; blends are made in full precision before it.
+        dtype = torch.float32 if mix else _DTYPES[self.config.loop.precision]
+        images, other_labels = self.normalize(batch.images, dtype), batch.labels
         if mix:
             partners = pair(batch.is_active)
             images, other_labels = mix.images(images, partners), batch.labels[partners]

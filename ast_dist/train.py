@@ -21,7 +21,7 @@ from ast_dist.distributed import World
 from ast_dist.errors import run_command
 from ast_dist.fault.guard import die_with_parent
 from ast_dist.model import build_model
-from ast_dist.preflight import check_data, print_dry_run
+from ast_dist.preflight import check_data, print_dry_run, with_block_shards
 from ast_dist.trainer import Trainer
 
 
@@ -32,6 +32,7 @@ def main(argv: Sequence[str]) -> int:
     config = parse(argv)
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
     train, val = open_index(config.data.train, config.data), open_index(config.data.val, config.data)
+    config = with_block_shards(config, train)
     num_classes = check_data(config, train, val, int(os.environ.get("WORLD_SIZE", "1")))
     manifests = {"train": train.hash, "val": val.hash}
     run_folder.check(config, manifests)

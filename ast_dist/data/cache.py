@@ -22,6 +22,10 @@ class DecodedCache:
         """The sample's (3, height, width) uint8 image, or None when it is not there yet."""
         return self.images[sample_id] if self._is_filled[sample_id] else None
 
+    def missing(self, ids: np.ndarray) -> np.ndarray:
+        """Those of some samples that are not there yet. ids: (n,) int64."""
+        return ids[~self._is_filled[ids]]
+
     def put(self, sample_id: int, image: np.ndarray) -> None:
         """Keep a sample's decoded image."""
         self.images[sample_id] = image

@@ -43,6 +43,7 @@ FIELDS: dict[str, type[np.generic]] = {
     "width": np.int32,
     "crc32": np.uint32,  # zlib.crc32 of the encoded bytes
 }
+_FILES_A_SHARD = 4096
 KEYS_NAME = "keys"  # WebDataset keys or files' names, UTF-8, fixed width
 
 
@@ -87,6 +88,14 @@ class Index:
     def is_remote(self) -> bool:
         """Whether the shards lie behind a URL."""
         return "://" in self.data_root
+
+    @property
+    def shard_sizes(self) -> np.ndarray:
+        """(S,) int64: samples of each shard. Loose files count as shards of equal size, in the index's order."""
+        if self.layout == "files":
+            ends = np.arange(_FILES_A_SHARD, self.num_samples + _FILES_A_SHARD, _FILES_A_SHARD)
+            return np.diff(np.minimum(ends, self.num_samples), prepend=0)
+        return np.array([shard["samples"] for shard in self.manifest["shards"]], np.int64)
 
     @property
     def location(self) -> str:
