@@ -10,7 +10,7 @@ from typing import Literal
 
 import pytest
 
-Fault = Literal["", "500", "403", "cut", "wrong bytes", "hold"]
+Fault = Literal["", "500", "429", "403", "cut", "wrong bytes", "hold"]
 
 
 class FileServer(ThreadingHTTPServer):
@@ -59,7 +59,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.gets.append((self.path, self.headers.get("Range", "")))
         faults = self.server.faults[Path(name).name]
         fault = faults.popleft() if faults and not is_head else None
-        if fault in ("500", "403") or not path.is_file():
+        if fault in ("500", "429", "403") or not path.is_file():
             self._head(int(fault) if fault else 404, 0)
             return
         data, status = path.read_bytes(), 200

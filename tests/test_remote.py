@@ -1,9 +1,11 @@
 """ast_dist/data/remote.py: shards behind URLs read as local ones do, and what goes wrong there is told with its URL."""
 
 import json
+import os
 import shutil
 import socket
 import sys
+import tempfile
 from pathlib import Path
 
 import fsspec
@@ -14,7 +16,7 @@ from ast_dist.config import DataConfig
 from ast_dist.data import remote
 from ast_dist.data.index import MANIFEST_NAME, Index, field_path, file_sha256, write_manifest
 from ast_dist.data.read import DamagedSampleError
-from ast_dist.data.remote import RemoteError, RemoteFiles, open_index, open_reader
+from ast_dist.data.remote import RemoteError, RemoteFiles, cache_folder, open_index, open_reader
 from ast_dist.errors import RankError, UserError
 from tests.servers import s3_bucket, serving
 from tests.shards import overwrite, squares, write_split
@@ -94,7 +96,7 @@ def test_a_shard_is_fetched_in_pieces(split, server, config, monkeypatch):
     assert ranges == [f"bytes={start}-{min(start + 3000, size) - 1}" for start in range(0, size, 3000)]
 
 
-@pytest.mark.parametrize("fault", ["500", "cut", "wrong bytes"])
+@pytest.mark.parametrize("fault", ["500", "429", "cut", "wrong bytes"])
 def test_a_fault_that_passes_is_survived(server, config, fault):
     index = open_index(f"{server.url}/train", config)
     server.faults["train-000001.tar"] += [fault] * (1 if fault == "wrong bytes" else 2)
@@ -187,6 +189,15 @@ def test_an_index_file_that_is_not_the_manifests_is_refused_by_its_url(split, se
     np.save(labels, np.load(labels)[1:])
     with pytest.raises(UserError, match=rf"^{server.url}/train/index/label\.npy: 11 rows, but the manifest states 12"):
         open_index(f"{server.url}/train", config)
+
+
+def test_faults_while_the_index_is_copied_are_survived_or_told_in_one_line(server, config):
+    server.faults["label.npy"] += ["cut", "500"]
+    server.faults["keys.npy"] += ["500"] * 5
+    with pytest.raises(UserError, match=rf"^{server.url}/train/index/keys\.npy: 5 tries failed: ") as caught:
+        open_index(f"{server.url}/train", config)
+    assert not isinstance(caught.value, RankError)
+    assert read_all(open_index(f"{server.url}/train", config), config) == IMAGES
 
 
 def test_a_url_without_a_set_is_told(server, config):
@@ -317,6 +328,15 @@ def test_an_s3_server_is_read_and_its_faults_are_told(split, config, monkeypatch
             UserError, match=r"^s3://bucket/sets/part/train-000003\.tar: shard 4 of 4 has .* bytes, but"
         ):
             open_index("s3://bucket/sets/part", config)
+
+
+def test_the_cache_lies_where_the_user_keeps_caches_or_in_tmpdir(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder(DataConfig()) == tmp_path / "ast_dist"
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert cache_folder(DataConfig()) == Path(tempfile.gettempdir(), f"ast_dist-{os.getuid()}")
+    assert cache_folder(DataConfig(shard_cache_dir="~/x")) == Path.home() / "x"
 
 
 def test_another_rank_than_the_first_leaves_the_check_to_it(split, server, config, monkeypatch):

@@ -11,6 +11,9 @@ from tests.servers import serving
 from tests.shards import squares, write_split
 from tests.training import NUM_SAMPLES, progress, refused, state_hash, words
 
+# Unless given, remote shards are read in another order than local ones.
+BLOCKS = ("--data.shuffle-block-shards", "4")
+
 
 @pytest.fixture
 def shards(tmp_path: Path) -> Path:
@@ -28,7 +31,7 @@ def remote_words(url: str, run_dir: Path, cache: Path, capacity_bytes: float, *m
 def test_two_ranks_train_the_same_over_http_as_from_files_with_a_cache_smaller_than_the_set(
     shards: Path, tmp_path: Path
 ) -> None:
-    more = ("--loop.epochs", "2", "--data.cache", "none", "--track.quiet")
+    more = ("--loop.epochs", "2", "--data.cache", "none", "--track.quiet", *BLOCKS)
     sizes = [path.stat().st_size for path in shards.glob("train/*.tar")]
     capacity = 12 * max(sizes)
     assert capacity < sum(sizes)
@@ -42,7 +45,7 @@ def test_two_ranks_train_the_same_over_http_as_from_files_with_a_cache_smaller_t
 
 
 def test_a_run_begun_over_http_goes_on_from_files(shards: Path, tmp_path: Path) -> None:
-    more = ("--loop.epochs", "2")
+    more = ("--loop.epochs", "2", *BLOCKS)
     with serving(shards) as server:
         argv = remote_words(server.url, tmp_path / "moved", tmp_path / "cache", 1e9, *more)
         assert run_command(main, [*argv, "--session.hours", "1e-9"]) == 0

@@ -70,17 +70,21 @@ def open_index(location: str, config: DataConfig) -> Index:
     Raises UserError as Index.open does, and for a scheme that is not taken, an absent package, a server that does not
     answer, or a cache smaller than the largest shard.
     """
-    index = _copied_index(location, config) if is_url(location) else Index.open(location)
-    if is_url(index.data_root):
-        if index.layout == "files":
-            raise UserError(
-                f"{index.root}: an index of loose files behind {_shown(index.data_root)}, but only shards can be "
-                "fetched. Make shards: python -m data_prep.make_shards SRC DST"
-            )
-        files = RemoteFiles(index.data_root)
-        _shard_cache(index, config, files).close()  # raises where the cache cannot be used
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            files.check(index.manifest["shards"])
+    try:
+        index = _copied_index(location, config) if is_url(location) else Index.open(location)
+    except (RankError, RemoteError) as error:  # at the start, all ranks meet it, and the first one says it
+        raise UserError(str(error)) from None
+    if not is_url(index.data_root):
+        return index
+    if index.layout == "files":
+        raise UserError(
+            f"{index.root}: an index of loose files behind {_shown(index.data_root)}, but only shards can be fetched. "
+            "Make shards: python -m data_prep.make_shards SRC DST"
+        )
+    files = RemoteFiles(index.data_root)
+    _shard_cache(index, config, files).close()  # raises where the cache cannot be used
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        files.check(index.manifest["shards"])
     return index
 
 
@@ -154,6 +158,12 @@ class RemoteFiles:
             raise OSError(f"{len(data):,} bytes came of the {end - start:,} from {start:,} on")
 
         return self._with_retries(name, attempt)
+
+    def download(self, name: str, path: Path) -> None:
+        """Copy a file of unknown size to a new local one, as it comes. Raises as `fetch` does."""
+        self._with_retries(name, lambda: self._files.get_file(self._address(name), str(path)))
+        with path.open("r+b") as file:
+            os.fsync(file.fileno())
 
     def check(self, shards: Sequence[Mapping[str, Any]]) -> None:
         """Compare what is there with the manifest's shards, where the server tells.
@@ -289,11 +299,11 @@ def _copy_index(files: RemoteFiles, root: Path, raw: bytes, manifest: Mapping[st
         if leftover.exists():
             shutil.rmtree(leftover)
     field_path(temporary, KEYS_NAME).parent.mkdir(parents=True)
+    checksums = manifest.get("index_sha256")
     for name in [*FIELDS, KEYS_NAME]:
         path = field_path(temporary, name)
-        with replaced_file(path) as file:
-            file.write(files.fetch(f"index/{name}.npy"))
-        stated = manifest.get("index_sha256", {}).get(name)
+        files.download(f"index/{name}.npy", path)
+        stated = checksums.get(name) if isinstance(checksums, dict) else None
         if stated and (found := file_sha256(path)) != stated:
             raise UserError(
                 f"{files.url(f'index/{name}.npy')}: SHA-256 {found}, but the manifest states {stated}. Upload index/ "
@@ -347,9 +357,8 @@ def _final_words(error: BaseException, text: str) -> str:
 
 
 def _described_without_query(error: BaseException, root: str) -> str:
-    query = root.partition("?")[2]
     text = described(error)
-    return text.replace(query, "…") if query else text
+    return re.sub(r"\?[^\s'\")]*", "?…", text) if "?" in root else text
 
 
 def _shown(url: str) -> str:

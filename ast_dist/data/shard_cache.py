@@ -121,7 +121,7 @@ class ShardCache:
             for number, future in list(self._pending.items()):
                 has_failed = future.done() and not future.cancelled() and future.exception() is not None
                 if (future.done() and not has_failed) or (number not in wanted and (has_failed or future.cancel())):
-                    del self._pending[number]
+                    self._pending.pop(number, None)
             for number in dict.fromkeys([*shards, *ahead]):
                 if number not in self._pending and not self._touch(number):
                     self._pending[number] = self._pool.submit(self._fetch_ahead, number)
@@ -284,6 +284,7 @@ class ShardCache:
                 done += len(piece)
             while done < size:
                 piece = self._source.fetch(entry["name"], done, min(done + PIECE_BYTES, size))
+                assert piece, "a source gives all it is asked for, or raises"
                 self._write(descriptor, piece, done, shard)
                 digest.update(piece)
                 done += len(piece)
