@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ast_dist.config import Config
 from ast_dist.data.loader import Batch, upload
+from ast_dist.data.pixel_kernels import erase
 from ast_dist.distributed import World
 from ast_dist.gate.cost import SampleFlops, count_flops
 from ast_dist.gate.significance import significance
@@ -119,7 +120,7 @@ class TrainStep:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        images, other_labels = self.normalize(batch.images), batch.labels
+        images, other_labels = self._inputs(batch), batch.labels
         if mix:
             partners = pair(batch.is_active)
             images, other_labels = mix.images(images, partners), batch.labels[partners]
@@ -156,10 +157,14 @@ class TrainStep:
         self.module.eval()
         try:
             with self.autocast:
-                output = self.module(self._for_scoring(self.normalize(batch.images)))
+                output = self.module(self._for_scoring(self._inputs(batch)))
         finally:
             self.module.train()
         return self.score(output.float(), batch.labels).float()
+
+    def _inputs(self, batch: Batch) -> Tensor:
+        images = self.normalize(batch.images)
+        return images if batch.erased is None else erase(images, batch.erased)
 
     def _for_scoring(self, images: Tensor) -> Tensor:
         side = self.config.gate.scoring_px

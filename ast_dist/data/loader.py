@@ -37,6 +37,7 @@ class Batch:
     step: its number in the epoch. ids: (n,) int64 sample ids. images: (n, 3, size, size) uint8. labels: (n,) int64.
     weights: (n,) float32 loss weights. is_active: (n,) bool; False marks rows that must not train: padding (id -1)
     and damaged samples. planned: samples of the global batch over all ranks. damaged: what failed, by message.
+    erased: (n, 4) int64 boxes (top, left, height, width) that become the mean once the images are normalised, or None.
     """
 
     step: int
@@ -47,13 +48,14 @@ class Batch:
     is_active: Tensor
     planned: int
     damaged: list[str] = field(default_factory=list)
+    erased: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device without waiting for it."""
         if device.type == "cpu":
             return self
-        names = ("ids", "images", "labels", "weights", "is_active")
-        moved = {name: upload(getattr(self, name), device) for name in names}
+        names = ("ids", "images", "labels", "weights", "is_active", "erased")
+        moved = {name: upload(value, device) for name in names if (value := getattr(self, name)) is not None}
         return Batch(step=self.step, planned=self.planned, damaged=self.damaged, **moved)
 
 
