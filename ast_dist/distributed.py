@@ -167,7 +167,9 @@ class World:
         values: (n,), n the same on every rank. The result is (size · n,), in order of rank.
         """
         gathered = values.new_empty(self.size * len(values))
-        return Later(dist.all_gather_into_tensor(gathered, values, async_op=True), gathered, values)
+        # torch 2.14 gave it another name, and warns of the old one.
+        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+        return Later(gather(gathered, values, async_op=True), gathered, values)
 
     def exchange_rows(self, rows: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
         """Send rows to other ranks and receive theirs. All ranks must call.
