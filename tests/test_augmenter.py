@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from ast_dist.augmenter import Augmenter
+from ast_dist.command_line import parse
 from ast_dist.config import Config, DataConfig, ModelConfig, OptimConfig
 from ast_dist.data.index import Index
 from ast_dist.data.loader import Batch, Loader
@@ -23,8 +25,9 @@ from ast_dist.model import build_model
 from ast_dist.step import TrainStep
 from ast_dist.track.history import read
 from ast_dist.train import main
+from ast_dist.trainer import Trainer
 from tests.shards import overwrite, photos, write_split
-from tests.training import progress, state_hash, words, write_shards
+from tests.training import NUM_SAMPLES, progress, state_hash, words, write_shards
 
 COUNT = 24
 CPU = torch.device("cpu")
@@ -150,6 +153,29 @@ def test_a_stopped_and_resumed_augmented_run_equals_an_uninterrupted_one(
             run_dir = plain.with_name(f"other-{number}")
             assert run_command(main, words(shards, run_dir, *argv, *more)) == 0
             assert state_hash(run_dir) != state_hash(whole), "one of the two does nothing"
+
+
+def test_each_epoch_of_a_run_trains_its_own_augmentation(world: World, shards: Path, tmp_path: Path) -> None:
+    config = parse(words(shards, tmp_path, "--gate.policy", "full", "--loop.epochs", "2", *AUGMENTED, *ERASED))
+    train, val = Index.open(config.data.train), Index.open(config.data.val)
+    trainer = Trainer(config, world, train, val, train.num_classes)
+    augment, plan, steps = Augmenter(config.data, 0, CPU), Plan(np.arange(NUM_SAMPLES)), 0
+    batches = [next(trainer.loader.train_batches(plan, NUM_SAMPLES, 0, epoch)) for epoch in range(2)]
+    whole = [augment(batch, epoch) for epoch, batch in enumerate(batches)]
+    real_train = trainer.step.train
+
+    def train_checked(batch: Batch, *rest: Any) -> Tensor:
+        nonlocal steps
+        expected = whole[trainer.state.epoch]
+        assert torch.equal(batch.images, expected.images[batch.ids])
+        assert torch.equal(batch.erased, expected.erased[batch.ids])
+        steps += 1
+        return real_train(batch, *rest)
+
+    trainer.step.train = train_checked
+    assert trainer.run() == "finished"
+    trainer.close()
+    assert steps == 2 * NUM_SAMPLES // 16
 
 
 def test_a_run_may_not_change_its_augmentation(

@@ -24,10 +24,10 @@ COUNT = 8000
 
 
 def drawn(config, ids, epoch=0, seed=0):
-    """All that is drawn, as one array with a row for each id."""
+    """All that is drawn, each round and the boxes as an array with a row for each id."""
     draws = PixelDraws(config, seed)
-    rounds = [part for each in draws.rounds(ids, epoch) for part in (each.kernels[:, None], each.parameters)]
-    return np.concatenate([*rounds, draws.erased(ids, epoch)], axis=1)
+    rounds = [np.column_stack([each.kernels, each.parameters]) for each in draws.rounds(ids, epoch)]
+    return [*rounds, draws.erased(ids, epoch)]
 
 
 def kolmogorov_smirnov(ours, theirs):
@@ -55,7 +55,8 @@ def chi_square_holds(ours: Counter, theirs: Counter):
 def test_a_samples_draw_does_not_depend_on_its_batch(ids, config, seed, epoch, random):
     rows = random.sample(range(len(ids)), random.randint(1, len(ids)))
     ids = np.array(ids)
-    np.testing.assert_array_equal(drawn(config, ids[rows], epoch, seed), drawn(config, ids, epoch, seed)[rows])
+    for apart, together in zip(drawn(config, ids[rows], epoch, seed), drawn(config, ids, epoch, seed), strict=True):
+        np.testing.assert_array_equal(apart, together[rows])
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=AUTO)
@@ -63,7 +64,8 @@ def test_epochs_and_seeds_draw_anew(config):
     ids = np.arange(400)
     first = drawn(config, ids)
     for other in (drawn(config, ids, epoch=1), drawn(config, ids, seed=1)):
-        assert (first != other).any(axis=1).mean() > 0.99
+        for before, after in zip(first, other, strict=True):
+            assert (before != after).any(axis=1).mean() > 0.6  # a quarter is erased in neither
 
 
 def test_nothing_is_drawn_where_all_is_off():
