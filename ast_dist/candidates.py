@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ast_dist.augmenter import Augmenter
 from ast_dist.data.loader import MIN_ROWS, Batch, upload
 from ast_dist.data.order import rank_share
 from ast_dist.distributed import Later, World
@@ -43,10 +44,18 @@ class Candidates:
     """
 
     def __init__(
-        self, step: TrainStep, policy: Policy, mixer: Mixer, labels: np.ndarray, world: World, global_batch_size: int
+        self,
+        step: TrainStep,
+        policy: Policy,
+        augment: Augmenter,
+        mixer: Mixer,
+        labels: np.ndarray,
+        world: World,
+        global_batch_size: int,
     ) -> None:
         self._step = step
         self._policy = policy
+        self._augment = augment
         self._mixer = mixer
         self._labels = labels
         self._world = world
@@ -55,7 +64,7 @@ class Candidates:
         self._ids = np.zeros(0, dtype=np.int64)
         self._weights = np.zeros(0, dtype=np.float32)
         self._owners = np.zeros(0, dtype=np.int64)
-        # Pixels of the entries that this rank owns, in the list's order.
+        # Augmented pixels of the entries that this rank owns, in the list's order: what was scored is trained.
         side = step.config.data.image_size
         self._images = torch.zeros((0, 3, side, side), dtype=torch.uint8, device=world.device)
         self._underway: _Underway | None = None
@@ -75,7 +84,7 @@ class Candidates:
         Returns how many samples were trained over all ranks, and the summed votes of the batch before, None at first.
         """
         votes = self.settle()
-        self._score(host_batch, global_ids, stop=stop, save=save)
+        self._score(host_batch, global_ids, epoch, stop=stop, save=save)
         is_full = len(self._ids) >= self._global_batch_size
         return (self._train(self._global_batch_size, lr, epoch) if is_full else 0), votes
 
@@ -129,23 +138,24 @@ class Candidates:
         self._drawn, self._selected, self._steps = state["drawn"], state["selected"], state["steps"]
         self._images, self._underway = self._images[:0], None
 
-    def restore(self, host_batch: Batch) -> list[str]:
+    def restore(self, host_batch: Batch, epoch: int) -> list[str]:
         """Take the pixels of all that waits. All ranks must call.
 
-        host_batch: this rank's share of `ids`. Samples that cannot be read any more leave the list on every rank;
-        returns their description, over all ranks.
+        host_batch: this rank's share of `ids`. epoch: the one that selected them. Samples that cannot be read any more
+        leave the list on every rank; returns their description, over all ranks.
         """
         own = rank_share(np.arange(len(self._ids)), self._world.rank, self._world.size)
         is_sound = host_batch.is_active[: len(own)].numpy()
         lost = np.concatenate(self._world.gather(own[~is_sound]))
-        self._images = host_batch.images[: len(own)][torch.from_numpy(is_sound)].to(self._world.device)
+        images = self._augment(host_batch, epoch).images
+        self._images = images[self._on_device(np.flatnonzero(is_sound))]
         self._ids, self._weights = np.delete(self._ids, lost), np.delete(self._weights, lost)
         self._owners = np.delete(self._owners, lost)
         return sorted(text for texts in self._world.gather(host_batch.damaged) for text in texts)
 
-    def _score(self, host_batch: Batch, global_ids: np.ndarray, *, stop: bool, save: bool) -> None:
+    def _score(self, host_batch: Batch, global_ids: np.ndarray, epoch: int, *, stop: bool, save: bool) -> None:
         """Score and select a batch's rows, and begin to tell the other ranks."""
-        batch = host_batch.to(self._world.device)
+        batch = self._augment(host_batch, epoch)
         # Which rows are padding or damaged is known on the host: asking the device would mean to wait for it.
         active = upload(host_batch.is_active.nonzero().squeeze(1), self._world.device)
         scores = self._step.score_batch(batch)[active]
@@ -159,14 +169,14 @@ class Candidates:
 
     def _train(self, count: int, lr: float, epoch: int) -> int:
         """Train the first `count` entries as one global batch, and return their number."""
-        batch = self._take(count)
+        batch = self._take(count, epoch)
         mix = self._mixer.draw(epoch, batch.step, batch.images.shape[-1])
         scores = self._step.train(batch, lr, upload(torch.tensor(count), self._world.device), mix)
         self._policy.observe(torch.where(batch.is_active & (mix is None), batch.ids, -1), scores)
         self._steps += 1
         return count
 
-    def _take(self, count: int) -> Batch:
+    def _take(self, count: int, epoch: int) -> Batch:
         """Take the first `count` entries off the list; returns this rank's share of them, on its device."""
         rank, size = self._world.rank, self._world.size
         owners, here = self._owners[:count], rank_share(np.arange(count), rank, size)
@@ -195,6 +205,7 @@ class Candidates:
             weights=self._on_device(weights),
             is_active=self._on_device(ids >= 0),
             planned=count,
+            erased=self._augment.erased(ids, epoch),
         )
 
     def _on_device(self, values: np.ndarray) -> Tensor:

@@ -45,6 +45,20 @@ class DataConfig:
     """Largest shift of a padded crop, in pixels of the stored image."""
     flip: bool = True
     """Mirror half of the training images."""
+    auto_augment: Literal["none", "randaugment", "trivialaugment"] = "none"
+    """Operations drawn for each training image from a list of 14, as in torchvision: RandAugment or TrivialAugment."""
+    randaugment_ops: int = 2
+    """randaugment: operations on each image, one after another."""
+    randaugment_magnitude: int = 9
+    """randaugment: strength of all its operations, 0 to 30."""
+    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
+    """Largest change of brightness, contrast, saturation (about a factor of 1) and hue (in turns, up to 0.5)."""
+    erase_share: float = 0.0
+    """Chance that a box of a training image is set to data.mean (random erasing); 0 is off."""
+    erase_scale: tuple[float, float] = (0.02, 0.33)
+    """Least and largest share of the image's area that the erased box takes."""
+    erase_ratio: tuple[float, float] = (0.3, 3.3)
+    """Least and largest height / width of the erased box."""
     val_crop_ratio: float = 0.875
     """Share of the short side that the central validation crop takes."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
@@ -78,6 +92,26 @@ class DataConfig:
         )
         _require(all(s > 0 for s in self.std), f"data.std is {self.std}, but every value must be above 0.")
         _require_share("data.damaged_limit", self.damaged_limit)
+        self._require_augmentation()
+
+    def _require_augmentation(self) -> None:
+        _require(self.randaugment_ops >= 1, f"data.randaugment_ops is {self.randaugment_ops}, must be at least 1.")
+        magnitude = self.randaugment_magnitude
+        _require(0 <= magnitude <= 30, f"data.randaugment_magnitude is {magnitude}, not in 0 … 30.")
+        for name, strength in zip(("brightness", "contrast", "saturation", "hue"), self.color_jitter, strict=True):
+            most = 0.5 if name == "hue" else math.inf
+            _require(
+                0.0 <= strength <= most and math.isfinite(strength),
+                f"data.color_jitter is {self.color_jitter}: {name} is {strength:g}, but must be "
+                + ("in 0 … 0.5." if name == "hue" else "at least 0 and finite."),
+            )
+        _require_share("data.erase_share", self.erase_share)
+        low, high = self.erase_scale
+        _require(0.0 <= low <= high <= 1.0, f"data.erase_scale is {self.erase_scale}: needs 0 ≤ least ≤ largest ≤ 1.")
+        low, high = self.erase_ratio
+        _require(
+            0.0 < low <= high < math.inf, f"data.erase_ratio is {self.erase_ratio}: needs 0 < least ≤ largest, finite."
+        )
 
 
 @dataclass(frozen=True)

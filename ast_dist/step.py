@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ast_dist.config import Config
 from ast_dist.data.loader import Batch, upload
+from ast_dist.data.pixel_kernels import erase
 from ast_dist.distributed import World
 from ast_dist.gate.cost import SampleFlops, count_flops
 from ast_dist.gate.significance import significance
@@ -121,7 +122,7 @@ class TrainStep:
             group["lr"] = lr
         # Autocast would round the same numbers at the first convolution; blends are made in full precision before it.
         dtype = torch.float32 if mix else _DTYPES[self.config.loop.precision]
-        images, other_labels = self.normalize(batch.images, dtype), batch.labels
+        images, other_labels = self._inputs(batch, dtype), batch.labels
         if mix:
             partners = pair(batch.is_active)
             images, other_labels = mix.images(images, partners), batch.labels[partners]
@@ -158,10 +159,14 @@ class TrainStep:
         self.module.eval()
         try:
             with self.autocast:
-                output = self.module(self._for_scoring(self.normalize(batch.images)))
+                output = self.module(self._for_scoring(self._inputs(batch)))
         finally:
             self.module.train()
         return self.score(output.float(), batch.labels).float()
+
+    def _inputs(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Tensor:
+        images = self.normalize(batch.images, dtype)
+        return images if batch.erased is None else erase(images, batch.erased)
 
     def _for_scoring(self, images: Tensor) -> Tensor:
         side = self.config.gate.scoring_px

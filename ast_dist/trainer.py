@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from ast_dist import run_dir as run_folder
+from ast_dist.augmenter import Augmenter
 from ast_dist.candidates import Candidates
 from ast_dist.clock import Clock
 from ast_dist.config import Config
@@ -66,9 +67,10 @@ class Trainer:
         self.val_loader = Loader(val, config.data, world.rank, world.size, world.local_size, world.device)
         orders = Orders(train.shard_sizes, config.seed, config.data.shuffle_block_shards)
         self.state = TrainState(self.step.module, self.step.optimizer, self.step.scaler, self.policy, orders)
+        self.augment = Augmenter(config.data, config.seed, world.device)
         self.mixer = Mixer(config.optim, config.seed)
         self.candidates = Candidates(
-            self.step, self.policy, self.mixer, train.label, world, config.loop.global_batch_size
+            self.step, self.policy, self.augment, self.mixer, train.label, world, config.loop.global_batch_size
         )
         self.state.candidates = self.candidates
         self.ledger = Ledger()
@@ -199,7 +201,7 @@ class Trainer:
         waiting = self.candidates.ids
         if len(waiting):
             [batch] = self.loader.train_batches(Plan(waiting), len(waiting), self.state.seed, self.state.epoch)
-            for text in self.candidates.restore(batch):
+            for text in self.candidates.restore(batch, self.state.epoch):
                 self.ledger.damaged += 1
                 if self.world.is_main:
                     warnings.warn(f"damaged since it was selected, and left out: {text}", RuntimeWarning, stacklevel=2)
@@ -222,7 +224,7 @@ class Trainer:
             trained, votes_before = self.candidates.advance(host_batch, global_ids, lr, state.epoch, **wishes)
             scored = host_batch.planned
         else:
-            batch = host_batch.to(self.world.device)
+            batch = self.augment(host_batch, state.epoch)
             mix = self.mixer.draw(state.epoch, state.step_in_epoch, batch.images.shape[-1])
             scores, votes = self.step(batch, lr, mix=mix, **wishes)
             # Rows that did not train must not be remembered, nor scores of two samples at once.

@@ -65,6 +65,8 @@ def arguments(shards: Path, run_dir: Path, scenario: str, *more: str) -> list[st
         *words(shards, run_dir, "--loop.epochs", str(EPOCHS), "--loop.global-batch-size", str(GLOBAL_BATCH_SIZE)),
         *("--gate.policy", "online" if scenario == "skewed" else scenario, "--gate.target-rate", "0.4"),
         *("--gate.warmup-epochs", "0", "--gate.anneal-share", "0", "--gate.weight-cap", "3"),
+        *("--data.auto-augment", "randaugment", "--data.color-jitter", "0.4", "0.4", "0.4", "0.1"),
+        *("--data.erase-share", "0.5"),
         *("--data.damaged-limit", "0.01", "--loop.eval-every-epochs", "9", "--gate.loss-history", "100"),
         *more,
     ]
@@ -79,14 +81,19 @@ def run(world: World, shards: Path, run_dir: Path, scenario: str, *more: str) ->
     world.barrier()
     batches: list[dict[str, Any]] = []
     thresholds: list[str] = []
+    scored: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
     step, policy = trainer.step, trainer.policy
     real_train, real_absorb = step.train, policy.absorb
 
     def score_batch(batch: Batch) -> Tensor:
+        assert batch.erased is not None
+        for row, sample_id in enumerate(batch.ids.tolist()):
+            scored[trainer.state.epoch, sample_id] = (batch.images[row].clone(), batch.erased[row].clone())
         return torch.from_numpy(scores_of(scenario, batch.ids.numpy(), trainer.state.epoch))
 
     def note_training(batch: Batch, *rest: Any) -> Tensor:
         real = batch.is_active
+        assert batch.erased is not None
         batches.append(
             {
                 "epoch": trainer.state.epoch,
@@ -94,6 +101,7 @@ def run(world: World, shards: Path, run_dir: Path, scenario: str, *more: str) ->
                 "weights": batch.weights[real].tolist(),
                 "labels": batch.labels[real].tolist(),
                 "images": batch.images[real].clone(),
+                "erased": batch.erased[real].clone(),
                 "rows": len(batch.ids),
             }
         )
@@ -111,6 +119,7 @@ def run(world: World, shards: Path, run_dir: Path, scenario: str, *more: str) ->
     trainer.close()
     return {
         "batches": batches,
+        "scored": {key: seen for key, seen in scored.items() if key[1] >= 0 and key[1] not in DAMAGED},
         "thresholds": thresholds,
         "ended": ended,
         "checkpoint": checkpoint,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from ast_dist.augmenter import Augmenter
 from ast_dist.command_line import parse
 from ast_dist.data.index import Index
 from ast_dist.data.loader import Loader
@@ -141,15 +142,21 @@ def test_pixels_and_labels_are_those_of_the_sample_whichever_rank_read_it(
 ) -> None:
     config = parse(arguments(shards, Path("y"), scenario))
     index = Index.open(shards / "train")
-    loader = Loader(index, config.data, 0, 1)
-    ids = np.arange(NUM_SAMPLES)
-    pixels = [next(loader.train_batches(Plan(ids), NUM_SAMPLES, 0, epoch)).images for epoch in range(EPOCHS)]
+    loader, augment = Loader(index, config.data, 0, 1), Augmenter(config.data, 0, torch.device("cpu"))
+    plan = Plan(np.arange(NUM_SAMPLES))
+    whole = [augment(next(loader.train_batches(plan, NUM_SAMPLES, 0, epoch)), epoch) for epoch in range(EPOCHS)]
     loader.close()
     for rank in worlds[world_size]:
         for run in (scenario, f"{scenario}-paused" if world_size == 1 else f"{scenario}-resumed"):
             for batch in rank[run]["batches"]:
-                assert torch.equal(batch["images"], pixels[batch["epoch"]][batch["ids"]])
+                assert torch.equal(batch["images"], whole[batch["epoch"]].images[batch["ids"]])
+                assert torch.equal(batch["erased"], whole[batch["epoch"]].erased[batch["ids"]])
                 assert batch["labels"] == index.label[batch["ids"]].tolist()
+        # What is scored is what is trained.
+        assert len(rank[scenario]["scored"]) > NUM_SAMPLES // world_size
+        for (epoch, sample_id), (image, erased) in rank[scenario]["scored"].items():
+            assert torch.equal(image, whole[epoch].images[sample_id])
+            assert torch.equal(erased, whole[epoch].erased[sample_id])
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

@@ -94,6 +94,9 @@ class TestYaml:
             ("track: {wandb: off}", "track", "wandb", "off"),  # … and this for false
             ("track: {wandb: 'off'}", "track", "wandb", "off"),
             ("data: {cache: none}", "data", "cache", "none"),
+            ("data: {auto_augment: none}", "data", "auto_augment", "none"),
+            ("data: {color_jitter: [0.4, 0.4, 0.4, 0.1]}", "data", "color_jitter", (0.4, 0.4, 0.4, 0.1)),
+            ("data: {color_jitter: [1, 1, 1, 0]}", "data", "color_jitter", (1.0, 1.0, 1.0, 0.0)),
             ("data: {flip: off}", "data", "flip", False),
             ("data:\n  flip: no\n", "data", "flip", False),
             ("loop: {compile: true}", "loop", "compile", True),
@@ -185,6 +188,8 @@ class TestMistakes:
         [
             *("data.image-size=0", "data.crop-scale-min=0", "data.crop-scale-min=1.1", "data.val-crop-ratio=0"),
             *("data.crop-pad-px=-1", "data.threads=-1", "data.prefetch-batches=0", "data.damaged-limit=1.5"),
+            *("data.randaugment-ops=0", "data.randaugment-magnitude=31", "data.randaugment-magnitude=-1"),
+            *("data.erase-share=1.5", "data.erase-share=-0.1"),
             *("model.num-classes=-1", "model.width=12", "model.width=0"),
             *("optim.lr=0", "optim.lr=nan", "optim.momentum=1", "optim.weight-decay=-1", "optim.warmup-epochs=-1"),
             *("optim.label-smoothing=1", "optim.clip-grad-norm=-1"),
@@ -203,10 +208,31 @@ class TestMistakes:
     def test_a_std_of_zero_is_refused(self):
         assert "data.std" in complaint(on_the_command_line, "--data.std", "1", "0", "1")
 
+    @pytest.mark.parametrize(
+        ("setting", "named"),
+        [
+            ("data.color-jitter -0.1 0 0 0", "brightness is -0.1, but must be at least 0 and finite."),
+            ("data.color-jitter 0 inf 0 0", "contrast is inf, but must be at least 0 and finite."),
+            ("data.color-jitter 0 0 nan 0", "saturation is nan, but must be at least 0 and finite."),
+            ("data.color-jitter 0 0 0 0.6", "hue is 0.6, but must be in 0 … 0.5."),
+            ("data.erase-scale 0.3 0.2", "0 ≤ least ≤ largest ≤ 1."),
+            ("data.erase-scale 0.3 1.2", "0 ≤ least ≤ largest ≤ 1."),
+            ("data.erase-ratio 0 1", "0 < least ≤ largest"),
+            ("data.erase-ratio 2 1", "0 < least ≤ largest"),
+        ],
+    )
+    def test_ranges_of_values_that_belong_together_are_held(self, setting, named):
+        name, *values = setting.split()
+        message = complaint(on_the_command_line, f"--{name}", *values)
+        assert message.startswith(f"{name.replace('-', '_')} is ({', '.join(str(float(v)) for v in values)})")
+        assert named in message
+
     def test_bounds_themselves_are_allowed(self):
         settings = ["gate.target-rate=1", "gate.p-min=1", "gate.anneal-share=1", "data.val-crop-ratio=1"]
         on_the_command_line(*(f"--{setting}" for setting in settings))
         on_the_command_line("--gate.target-rate=0.3", "--gate.p-min=0.3", "--gate.memory-decay=0")
+        on_the_command_line("--data.color-jitter", "2", "0", "0", "0.5", "--data.erase-scale", "0", "1")
+        on_the_command_line("--data.randaugment-magnitude=30", "--data.erase-share=1", "--data.erase-ratio", "1", "1")
 
 
 class TestDifferences:
@@ -223,6 +249,7 @@ class TestDifferences:
     @pytest.mark.parametrize(
         "setting",
         [
+            *("data.auto-augment=randaugment", "data.randaugment-ops=3", "data.erase-share=0.1"),
             *("data.image-size=32", "data.no-flip", "data.crop=none", "model.name=resnet18", "model.norm=group"),
             *(
                 "optim.lr=0.3",

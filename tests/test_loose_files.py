@@ -1,4 +1,4 @@
-"""Loose files in place: the batches that shards of the same images give, though nothing is known before they are read."""
+"""Loose files in place: the batches that shards of the same images give, though no size is known before a read."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -19,7 +19,8 @@ class Batch:
     memory, on the device already where that decodes. labels: (n,) int64. weights: (n,) float32 loss weights.
     is_active: (n,) bool; False marks rows that must not train: padding (id -1) and damaged samples. planned: samples
     of the global batch over all ranks. damaged: what failed, by message. ready: what a GPU's stream must wait for
-    before it uses images that were decoded there.
+    before it uses images that were decoded there. erased: (n, 4) int64 boxes (top, left, height, width) that become the
+    mean once the images are normalised, or None.
     """
 
     step: int
@@ -31,13 +32,16 @@ class Batch:
     planned: int
     damaged: list[str] = field(default_factory=list)
     ready: "torch.cuda.Event | None" = None
+    erased: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device without waiting for it."""
         if device.type == "cpu":
             return self
-        names = ("ids", "images", "labels", "weights", "is_active")
-        moved: dict[str, Any] = {name: upload(getattr(self, name), device) for name in names}
+        names = ("ids", "images", "labels", "weights", "is_active", "erased")
+        moved: dict[str, Any] = {
+            name: upload(value, device) for name in names if (value := getattr(self, name)) is not None
+        }
         return dataclasses.replace(self, **moved)
 
 
