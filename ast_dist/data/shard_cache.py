@@ -5,8 +5,8 @@
     FOLDER/SHA256-BYTES.part     a shard that a process is fetching and holds a lock on, or what a killed one left
 
 Names are contents, so the ranks, runs and data sets of one user share one folder, and a later run begins with what it
-finds. Part files count as whole ones, so a download that has begun has its room. The kernel drops the lock of a process that dies; its
-part file is then gone on with, or makes room, or is removed after a day.
+finds. Part files count as whole ones, so a download that has begun has its room. The kernel drops the lock of a process
+that dies; its part file is then gone on with, or makes room, or is removed after a day.
 
 A reader opens a shard for one read. Removing a shard that is being read at that moment harms nothing: the reader has
 its descriptor, and the space is free when it closes it.
