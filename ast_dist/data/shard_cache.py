@@ -4,9 +4,9 @@
     FOLDER/SHA256-BYTES.tar      a whole shard, verified
     FOLDER/SHA256-BYTES.part     a shard that a process is fetching and holds a lock on, or what a killed one left
 
-Names are contents, so ranks, runs and data sets share one folder, and a later run begins with what it finds. Part files
-count as whole ones, so a download that has begun has its room. The kernel drops the lock of a process that dies; its
-part file is then gone on with, or makes room, or is removed after a day.
+Names are contents, so the ranks, runs and data sets of one user share one folder, and a later run begins with what it
+finds. Part files count as whole ones, so a download that has begun has its room. The kernel drops the lock of a process
+that dies; its part file is then gone on with, or makes room, or is removed after a day.
 
 A reader opens a shard for one read. Removing a shard that is being read at that moment harms nothing: the reader has
 its descriptor, and the space is free when it closes it.
@@ -162,13 +162,13 @@ class ShardCache:
         now = time.monotonic()
         if now - self._touched.get(shard, -_TOUCH_S) >= _TOUCH_S:
             self._touched[shard] = now
-            os.utime(descriptor)
+            _set_used(descriptor)
         return descriptor
 
     def _touch(self, shard: int) -> bool:
         """Note that a shard was used. Returns whether its whole file is there."""
         try:
-            os.utime(self._whole(shard))
+            _set_used(self._whole(shard))
         except FileNotFoundError:
             return False
         return True
@@ -321,6 +321,12 @@ class ShardCache:
         for path in self._folder.glob("*.part"):
             if time.time() - path.stat().st_mtime > _FORGOTTEN_S and not _is_locked(path):
                 path.unlink()
+
+
+def _set_used(file: Path | int) -> None:
+    # Stated, since the kernel's own stamp is only as fine as its clock tick: several fetches may share one.
+    now = time.time_ns()
+    os.utime(file, ns=(now, now))
 
 
 def _planned_bytes(path: Path) -> int:
