@@ -19,8 +19,8 @@ from ast_dist.arguments import parse_arguments
 from ast_dist.data.index import FIELDS, KEYS_NAME, MANIFEST_NAME, load_field, read_manifest
 from ast_dist.errors import UserError, run_command
 from data_prep.audit import ShardAudit, ShardFaults, audit_shard
+from data_prep.destination import INDEXING, UNFINISHED
 from data_prep.pool import counted, run_tasks
-from data_prep.shard import UNFINISHED
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     """
     arguments = parse_arguments(Arguments, argv, "python -m data_prep.check_shards")
     faults = 0
-    for path in sorted(arguments.dst.glob(f"*/{UNFINISHED}")):
+    for path in sorted(path for state in (UNFINISHED, INDEXING) for path in arguments.dst.glob(f"*/{state}")):
         if not (path.parent / MANIFEST_NAME).is_file():
             print(f"{path.parent}: its conversion did not finish; run data_prep.make_shards again")
             faults += 1

@@ -4,19 +4,19 @@ SRC is a folder with one folder of images per class (or one that holds such a fo
 the word `digits` for the digits that come with scikit-learn. The shards land in DST/SPLIT; `ast_dist/data/index.py` has
 the layout. JPEGs are stored byte for byte; `data_prep/image.py` names the exceptions.
 
+With --index-only the files stay where they are, and so do WebDataset tars (a folder or a pattern of them as SRC): only
+an index is written, by `data_prep/in_place.py`.
+
 Two runs give the same bytes, whatever the number of workers. A run that was killed leaves finished shards and a folder
 `.unfinished`, and no manifest; the same command goes on from there.
 """
 
-import contextlib
 import errno
-import fcntl
 import re
 import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,10 +28,13 @@ from ast_dist import __version__
 from ast_dist.arguments import parse_arguments
 from ast_dist.data.index import MANIFEST_NAME, read_manifest, replaced_file, write_index, write_manifest
 from ast_dist.errors import UserError, run_command
+from data_prep.destination import UNFINISHED, held_alone, refuse_finished, refuse_foreign, remove_empty
+from data_prep.in_place import Settings, index_files, index_tars
 from data_prep.plan import Plan, plan_shards
 from data_prep.pool import counted, run_tasks
-from data_prep.shard import FIELDS, UNFINISHED, DamagedSourceError, ShardRecord, record_path, write_shard
+from data_prep.shard import FIELDS, DamagedSourceError, ShardRecord, record_path, write_shard
 from data_prep.sources import SOURCES, detect_format
+from data_prep.sources.files import list_files
 from data_prep.sources.listing import Listing
 
 SHOWN_DAMAGED = 10
@@ -47,8 +50,14 @@ class Arguments:
     """Folder of the shard set; the shards land in DST/SPLIT."""
     split: Literal["train", "val"]
     """Which split to make."""
-    format: Literal["auto", "imagefolder", "digits"] = "auto"
-    """What SRC is; auto finds out."""
+    format: Literal["auto", "imagefolder", "digits", "wds"] = "auto"
+    """What SRC is; auto finds out. wds are WebDataset tars, which stay as they are: only an index is written."""
+    index_only: bool = False
+    """Copy nothing: write only an index of the files, which stay where they are and must stay there."""
+    check_files: bool = False
+    """With --index-only, open every file, to leave out what is no image and to know the sizes beforehand."""
+    class_names: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Of WebDataset tars: a file with the classes' names, one a line, in the order of their numbers."""
     shard_mb: float = 256.0
     """Largest size of a shard, MB. Each shard is one task, so small sets convert faster in smaller shards."""
     resize_short: Annotated[int | None, arg(metavar="PX")] = None
@@ -67,20 +76,37 @@ class Arguments:
             raise UserError(f"--resize-short is {self.resize_short}, but must be at least 1 pixel.")
         if self.workers < 0:
             raise UserError(f"--workers is {self.workers}, but must be at least 0 (0 = all cores).")
+        if self.index_only and self.resize_short is not None:
+            raise UserError(
+                "--resize-short changes images, but --index-only leaves them as they are. Take one of them."
+            )
+        if self.check_files and not self.index_only:
+            raise UserError("--check-files goes with --index-only; a conversion reads every image anyway.")
 
 
 def main(argv: list[str]) -> int:
     """Make one split. Returns the exit code 0; raises UserError for what the person can mend."""
     arguments = parse_arguments(Arguments, argv, "python -m data_prep.make_shards")
     folder = arguments.dst / arguments.split
-    _refuse_finished(folder)
+    refuse_finished(folder)
     source = detect_format(arguments.src) if arguments.format == "auto" else arguments.format
-    listing = SOURCES[source](arguments.src, arguments.split)
+    settings = Settings(arguments.src, folder, arguments.split, arguments.seed, arguments.workers)
+    if source == "wds":
+        _refuse_resizing_tars(arguments)
+        index_tars(settings, arguments.class_names)
+        return 0
+    if arguments.class_names is not None:
+        raise UserError(f"--class-names is for WebDataset tars; the format {source} has names of its own.")
+    list_samples = list_files if arguments.index_only and source != "digits" else SOURCES[source]
+    listing = list_samples(arguments.src, arguments.split)
     _refuse_other_classes(arguments, listing)
-    _refuse_foreign(folder)
     if listing.passed_over:
         found = ", ".join(f"{count:,} × {suffix}" for suffix, count in Counter(listing.passed_over).most_common(5))
         print(f"{arguments.split}: files passed over, since they are no images: {found}", file=sys.stderr, flush=True)
+    if arguments.index_only:
+        index_files(settings, listing, arguments.check_files)
+        return 0
+    refuse_foreign(folder, UNFINISHED)
     plan = plan_shards(
         listing,
         folder,
@@ -93,7 +119,7 @@ def main(argv: list[str]) -> int:
     )
     _refuse_full_disk(folder, plan)
     started = time.monotonic()
-    with _writable(folder) as created:
+    with held_alone(folder, UNFINISHED) as created:
         try:
             records, reused = _write_shards(folder, arguments, plan)
             manifest = _manifest(arguments, listing, records)
@@ -105,20 +131,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _refuse_finished(folder: Path) -> None:
-    if not (folder / MANIFEST_NAME).is_file():
-        return
-    try:
-        manifest, _ = read_manifest(folder)
-    except UserError:
+def _refuse_resizing_tars(arguments: Arguments) -> None:
+    if arguments.resize_short is not None:
         raise UserError(
-            f"{folder}: holds a set already, though its {MANIFEST_NAME} cannot be read. Choose another DST, or delete "
-            "that folder to make it anew."
-        ) from None
-    raise UserError(
-        f"{folder}: holds a finished set already ({manifest['num_samples']:,} samples in "
-        f"{counted(len(manifest['shards']), 'shard')}). Choose another DST, or delete that folder to make it anew."
-    )
+            f"--resize-short changes images, but the tars of {arguments.src} are only indexed. Leave the option out."
+        )
 
 
 def _refuse_other_classes(arguments: Arguments, listing: Listing) -> None:
@@ -135,19 +152,6 @@ def _refuse_other_classes(arguments: Arguments, listing: Listing) -> None:
                 f"{arguments.dst / other} has {len(classes)}{named}. Both need the same, since a class's number is its "
                 "place among the sorted names."
             )
-
-
-def _refuse_foreign(folder: Path) -> None:
-    if not folder.exists() or (folder / UNFINISHED).is_dir():
-        return
-    if not folder.is_dir():
-        raise UserError(f"{folder}: a file, but the shards need a folder there. Choose another DST.")
-    held = sorted(path.name for path in folder.iterdir())
-    if held:
-        raise UserError(
-            f"{folder}: holds {len(held):,} files that make_shards did not write ({held[0]}, …). Choose another DST, "
-            "or empty that folder."
-        )
 
 
 def _refuse_full_disk(folder: Path, plan: Plan) -> None:
@@ -172,34 +176,6 @@ def _kept_records(folder: Path, plan: Plan) -> dict[int, ShardRecord]:
         return {}
     found = {number: ShardRecord.load(record_path(task)) for number, task in enumerate(plan.tasks)}
     return {number: record for number, record in found.items() if record is not None}
-
-
-@contextlib.contextmanager
-def _writable(folder: Path) -> Iterator[list[Path]]:
-    """Make the split's folder and hold it alone. Yields the folders that were made, innermost first."""
-    created = [path for path in [folder, *folder.parents] if not path.exists()]
-    unfinished = folder / UNFINISHED
-    try:
-        unfinished.mkdir(parents=True, exist_ok=True)
-        lock = (unfinished / "lock").open("wb")
-    except OSError as error:
-        _remove_empty(created)
-        raise UserError(f"{folder}: cannot be written ({error.strerror}). Choose another DST.") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another make_shards is writing there. Wait for it, or choose another DST."
-            ) from None
-        except OSError:
-            pass  # a file system without locks: then nobody but the person can see to it that one run writes
-        try:
-            _refuse_finished(folder)  # the run that held the lock before may have just finished
-        except UserError:
-            shutil.rmtree(unfinished)
-            raise
-        yield created
 
 
 def _write_shards(folder: Path, arguments: Arguments, plan: Plan) -> tuple[list[ShardRecord], int]:
@@ -308,13 +284,7 @@ def _remove_own(folder: Path, created: list[Path], split: str) -> None:
     """Leave the disk as it was before this run."""
     _remove_stale(folder, split, set())
     shutil.rmtree(folder / UNFINISHED)
-    _remove_empty(created)
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for path in folders:
-        with contextlib.suppress(OSError):  # not there, or somebody else put something in it meanwhile
-            path.rmdir()
+    remove_empty(created)
 
 
 def _report(folder: Path, manifest: dict[str, Any], reused: int, seconds: float) -> None:

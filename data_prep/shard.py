@@ -18,7 +18,6 @@ from data_prep.dali_index import Member, dali_index
 from data_prep.image import DamagedImage, store_image
 from data_prep.pool import advance
 
-UNFINISHED = ".unfinished"  # folder in a split's folder until its manifest stands: temporary files, records, a lock
 BLOCK = 512  # bytes: a tar's headers take one, and file contents are padded to whole ones
 RECORD = 20 * BLOCK  # a tar's size is a multiple of it
 FIELDS = ("offset", "size", "label", "height", "width", "crc32")

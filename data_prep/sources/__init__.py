@@ -9,6 +9,7 @@ from pathlib import Path
 from ast_dist.errors import UserError
 from data_prep.sources import digits, imagefolder
 from data_prep.sources.listing import Listing
+from data_prep.sources.tars import is_tars
 
 SOURCES: dict[str, Callable[[str, str], Listing]] = {
     "digits": digits.list_samples,
@@ -17,12 +18,14 @@ SOURCES: dict[str, Callable[[str, str], Listing]] = {
 
 
 def detect_format(src: str) -> str:
-    """Name the source that `src` is: the word `digits`, or a folder of class folders.
+    """Name the source that `src` is: the word `digits`, WebDataset tars (`wds`), or a folder of class folders.
 
-    Raises UserError when `src` is neither.
+    Raises UserError when `src` is none of them.
     """
     if src == "digits":
         return "digits"
+    if is_tars(src):
+        return "wds"
     if not Path(src).exists():
         raise UserError(
             f"{src}: no such folder. Name a folder with one folder of images per class, or `digits` for the digits "
