@@ -143,7 +143,7 @@ def _encoded(names: Sequence[str], root: str) -> np.ndarray:
     try:
         return np.asarray([name.encode() for name in names], np.bytes_)
     except UnicodeEncodeError:
-        bad = next(name for name in names if not name.isprintable() and name != name.encode(errors="replace").decode())
+        bad = next(name for name in names if name != name.encode(errors="replace").decode())
         raise UserError(
             f"{root}: the name {bad.encode(errors='surrogateescape')!r} is not UTF-8. Rename that file."
         ) from None
