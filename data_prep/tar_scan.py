@@ -152,8 +152,8 @@ def _parts(path: Path, file: "_HashedFile") -> Iterator[_Part]:
     # tarfile takes a damaged header for the end. A whole tar ends in zeros, or with its last file.
     if file.last_block.strip(b"\0"):
         raise UserError(
-            f"{path}: the header after {last}, at offset {file.position - len(file.last_block):,}, is damaged. Fetch "
-            "the tar again."
+            f"{path}: the header after {last}, at offset {file.position - len(file.last_block):,}, is damaged or cut "
+            "short. Fetch the tar again."
         )
 
 
