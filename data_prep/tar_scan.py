@@ -206,7 +206,7 @@ def _label_of_json(data: bytes) -> int | None:
         return None
     for key in _LABEL_KEYS:
         value = content.get(key)
-        if isinstance(value, int | str) and not isinstance(value, bool):
+        if isinstance(value, int | str):  # True is no number: its text has no digits
             label = _number(str(value).encode("utf-8", "replace"))
             if label is not None:
                 return label
