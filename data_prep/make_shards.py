@@ -45,7 +45,7 @@ class Arguments:
     """Turn images into shards with an index."""
 
     src: Annotated[Positional[str], arg(metavar="SRC")]
-    """Folder with one folder of images per class, or one such folder per split; or the word digits."""
+    """Folder with one folder of images per class, or one such folder per split; WebDataset tars; or the word digits."""
     dst: Annotated[Positional[Path], arg(metavar="DST")]
     """Folder of the shard set; the shards land in DST/SPLIT."""
     split: Literal["train", "val"]
@@ -53,7 +53,7 @@ class Arguments:
     format: Literal["auto", "imagefolder", "digits", "wds"] = "auto"
     """What SRC is; auto finds out. wds are WebDataset tars, which stay as they are: only an index is written."""
     index_only: bool = False
-    """Copy nothing: write only an index of the files, which stay where they are and must stay there."""
+    """Copy nothing: index files where they lie, in class folders or as Kaggle has ImageNet. They must stay there."""
     check_files: bool = False
     """With --index-only, open every file, to leave out what is no image and to know the sizes beforehand."""
     class_names: Annotated[Path | None, arg(metavar="FILE")] = None
@@ -65,7 +65,7 @@ class Arguments:
     workers: int = 0
     """Worker processes; 0 takes all cores."""
     seed: int = 0
-    """Seed of the order in which the samples lie in the shards."""
+    """Seed of the order in which the samples lie in the shards. An index of what is there keeps its order."""
     decode_check: bool = True
     """Decode every image once and leave out those that fail. Without it, only the headers are read, which is faster."""
 

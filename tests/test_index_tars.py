@@ -266,7 +266,7 @@ def faults(folder, capsys, *options):
 
 
 def test_check_shards_finds_nothing_in_whole_tars_though_they_have_no_idx(indexed, capsys):
-    assert faults(indexed, capsys) == ["10 samples in 2 shards, 3 classes: clean"]
+    assert faults(indexed, capsys, "--no-decode") == ["10 samples in 2 shards, 3 classes: clean"]
     shutil.copytree(indexed.parent, indexed.parent.parent / "copy")
     assert faults(indexed.parent.parent / "copy" / "train", capsys, "--no-decode")[-1].endswith("clean")
 
@@ -305,8 +305,10 @@ def test_check_shards_tells_an_index_that_differs_from_the_tars(indexed, capsys,
     values = np.load(field_path(indexed, field))
     values[4] = 7
     np.save(field_path(indexed, field), values)
-    options = [] if field == "width" else ["--no-decode"]
-    assert any(line.startswith(f"x-0.tar: {expected}") for line in faults(indexed, capsys, *options))
+    if field == "width":  # decoding all ten finds this one alone
+        assert faults(indexed, capsys)[:-1] == [f"x-0.tar: {expected}"]
+    else:
+        assert any(line.startswith(f"x-0.tar: {expected}") for line in faults(indexed, capsys, "--no-decode"))
 
 
 def test_check_shards_tells_an_unfinished_index(indexed, capsys):
