@@ -70,14 +70,14 @@ def _ilsvrc_train(cls_loc: Path) -> Listing:
     list_path = cls_loc.parent.parent / TRAIN_LIST
     if not list_path.is_file():
         listing = imagefolder.list_samples(str(root), "train", stat=False)
-        wnids, classes = _classes(cls_loc) or (listing.classes, listing.classes)
-        labels = _numbers(wnids, listing.classes, root)[listing.labels]
+        classes = _classes(cls_loc) or listing.classes
+        labels = _numbers(classes, listing.classes, root)[listing.labels]
         return _listing(root, classes, listing.names, labels, listing.passed_over)
     words = _read(list_path).split()
     stems = words[::2]
     of_sample = [stem.partition("/")[0] for stem in stems]
-    wnids, classes = _classes(cls_loc) or (sorted(set(of_sample)),) * 2
-    labels = _numbers(wnids, of_sample, list_path)
+    classes = _classes(cls_loc) or sorted(set(of_sample))
+    labels = _numbers(classes, of_sample, list_path)
     names = [f"{stem}.JPEG" for stem in stems]
     _refuse_missing(root, names, list_path)
     return _listing(root, classes, names, labels)
@@ -94,10 +94,10 @@ def _ilsvrc_val(cls_loc: Path) -> Listing:
     if bad := next((row for row in rows if len(row) != 2 or not row[1].split()), None):
         raise UserError(f"{solution}: `{','.join(bad)}` is no ImageId,PredictionString. Download the file again.")
     of_sample = [boxes.split()[0] for _, boxes in rows]
-    wnids, classes = _classes(cls_loc) or (sorted(set(of_sample)),) * 2
+    classes = _classes(cls_loc) or sorted(set(of_sample))
     names = [f"{image}.JPEG" for image, _ in rows]
     _refuse_missing(root, names, solution)
-    return _listing(root, classes, names, _numbers(wnids, of_sample, solution))
+    return _listing(root, classes, names, _numbers(classes, of_sample, solution))
 
 
 def _listing(
@@ -108,13 +108,12 @@ def _listing(
     return Listing("ilsvrc", classes, names, labels, unknown, unknown, read, passed_over or {})
 
 
-def _classes(cls_loc: Path) -> tuple[list[str], list[str]] | None:
-    """The WordNet ids in sorted order, and the mapping's whole lines: some names alone stand for two classes."""
+def _classes(cls_loc: Path) -> list[str] | None:
+    """The WordNet ids in sorted order, as a conversion of the same set numbers them."""
     path = _above(cls_loc, CLASS_NAMES)
     if path is None:
         return None
-    lines = sorted(line.strip() for line in _read(path).splitlines() if line.strip())
-    return [line.split()[0] for line in lines], lines
+    return sorted(line.split()[0] for line in _read(path).splitlines() if line.strip())
 
 
 def _above(cls_loc: Path, name: str) -> Path | None:
