@@ -28,6 +28,7 @@ from ast_dist import __version__
 from ast_dist.arguments import parse_arguments
 from ast_dist.data.index import MANIFEST_NAME, read_manifest, replaced_file, write_index, write_manifest
 from ast_dist.errors import UserError, run_command
+from data_prep.image import JPEG_QUALITY
 from data_prep.plan import Plan, plan_shards
 from data_prep.pool import counted, run_tasks
 from data_prep.shard import FIELDS, UNFINISHED, DamagedSourceError, ShardRecord, record_path, write_shard
@@ -52,7 +53,9 @@ class Arguments:
     shard_mb: float = 256.0
     """Largest size of a shard, MB. Each shard is one task, so small sets convert faster in smaller shards."""
     resize_short: Annotated[int | None, arg(metavar="PX")] = None
-    """Reduce images whose short side is longer than this, in pixels (Lanczos, JPEG quality 95)."""
+    """Reduce images whose short side is longer than this, in pixels (Lanczos)."""
+    jpeg_quality: int = JPEG_QUALITY
+    """JPEG quality of the images that are encoded again, 1 to 100; all others keep their bytes."""
     workers: int = 0
     """Worker processes; 0 takes all cores."""
     seed: int = 0
@@ -65,6 +68,8 @@ class Arguments:
             raise UserError(f"--shard-mb is {self.shard_mb:g}, but must be above 0.")
         if self.resize_short is not None and self.resize_short < 1:
             raise UserError(f"--resize-short is {self.resize_short}, but must be at least 1 pixel.")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise UserError(f"--jpeg-quality is {self.jpeg_quality}, but must be from 1 to 100.")
         if self.workers < 0:
             raise UserError(f"--workers is {self.workers}, but must be at least 0 (0 = all cores).")
 
@@ -88,6 +93,7 @@ def main(argv: list[str]) -> int:
         split=arguments.split,
         shard_mb=arguments.shard_mb,
         resize_short=arguments.resize_short,
+        jpeg_quality=arguments.jpeg_quality,
         decode=arguments.decode_check,
         seed=arguments.seed,
     )
@@ -228,7 +234,7 @@ def _write_shards(folder: Path, arguments: Arguments, plan: Plan) -> tuple[list[
             workers=arguments.workers,
             total=sum(len(plan.tasks[number].names) for number in missing),
             label=arguments.split,
-            preload=["data_prep.shard", "webdataset.writer", *(["torchvision.io"] if arguments.decode_check else [])],
+            preload=["data_prep.shard", *(["torchvision.io"] if arguments.decode_check else [])],
         )
     except KeyboardInterrupt:
         print(f"{arguments.split}: {_how_far(records, plan)}; the same command goes on from there.", file=sys.stderr)
@@ -284,6 +290,7 @@ def _manifest(arguments: Arguments, listing: Listing, records: list[ShardRecord]
         "seed": arguments.seed,
         "decode_check": arguments.decode_check,
         "resize_short": arguments.resize_short,
+        "jpeg_quality": arguments.jpeg_quality,
         "num_samples": len(labels),
         "classes": listing.classes,
         "shards": [

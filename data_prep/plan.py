@@ -11,8 +11,9 @@ import numpy as np
 from ast_dist import __version__
 from ast_dist.counter_rng import STREAM_CONVERT, hash_ids
 from data_prep.image import DamagedImage, store_image
-from data_prep.shard import RECORD, ShardTask, tar_bytes
+from data_prep.shard import ShardTask
 from data_prep.sources.listing import Listing
+from data_prep.tar import RECORD, tar_bytes
 
 KEY_NAME_LENGTH = 60  # with the number in front and the extension behind it stays well below tar's 100
 PROBED_IMAGES = 64
@@ -39,6 +40,7 @@ def plan_shards(
     split: str,
     shard_mb: float,
     resize_short: int | None,
+    jpeg_quality: int,
     decode: bool,
     seed: int,
 ) -> Plan:
@@ -52,7 +54,7 @@ def plan_shards(
     order = np.argsort(hash_ids(np.arange(count), STREAM_CONVERT, seed), kind="stable")
     sizes = listing.sizes[order]
     if resize_short:
-        sizes = np.ceil(sizes * _shrinkage(listing, order, resize_short)).astype(np.int64)
+        sizes = np.ceil(sizes * _shrinkage(listing, order, resize_short, jpeg_quality)).astype(np.int64)
     ends = np.cumsum(tar_bytes(sizes))
     shards = min(count, max(1, -(-int(ends[-1]) // max(1, int(shard_mb * 1e6)))))
     # Cut at equal shares of the bytes, and where a few large images would leave a shard empty, a sample later.
@@ -72,11 +74,12 @@ def plan_shards(
                 labels=listing.labels[rows].tolist(),
                 keys=[f"{first + i:0{width}d}-{_slug(listing.names[row])}" for i, row in enumerate(rows)],
                 resize_short=resize_short,
+                jpeg_quality=jpeg_quality,
                 decode=decode,
             )
         )
         planned.append(int(ends[last - 1] - (ends[first - 1] if first else 0)) + RECORD)
-    settings = (__version__, listing.format, split, bounds.tolist(), resize_short, decode, seed)
+    settings = (__version__, listing.format, split, bounds.tolist(), resize_short, jpeg_quality, decode, seed)
     return Plan(tasks, planned, _fingerprint(settings, listing))
 
 
@@ -89,14 +92,14 @@ def _slug(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9_]+", "-", stem)[-KEY_NAME_LENGTH:].strip("-")
 
 
-def _shrinkage(listing: Listing, order: np.ndarray, resize_short: int) -> float:
+def _shrinkage(listing: Listing, order: np.ndarray, resize_short: int, jpeg_quality: int) -> float:
     """The share of its bytes that an image keeps when it is reduced, on average over the order's first ones."""
     before = after = 0
     for row in order[:PROBED_IMAGES].tolist():
         name = listing.names[row]
         try:
             data = listing.read(name)
-            after += len(store_image(data, Path(name).suffix.lower(), resize_short).data)
+            after += len(store_image(data, resize_short, jpeg_quality).data)
             before += len(data)
         except (DamagedImage, OSError):
             continue  # the worker that meets it will say so
