@@ -1,8 +1,9 @@
 """Turn images into shards with an index: `python -m data_prep.make_shards SRC DST --split train`.
 
 SRC is a folder with one folder of images per class (or one that holds such a folder per split: train, val, test), or
-the word `digits` for the digits that come with scikit-learn. The shards land in DST/SPLIT; `ast_dist/data/index.py` has
-the layout. JPEGs are stored byte for byte; `data_prep/image.py` names the exceptions.
+one of the other sources in `data_prep/sources`: Kaggle's ImageNet, parquet files of the Hugging Face Hub, MNIST's idx
+files, `torchvision:NAME`, or `digits` for the digits that come with scikit-learn. The shards land in DST/SPLIT;
+`ast_dist/data/index.py` has the layout. JPEGs are stored byte for byte; `data_prep/image.py` names the exceptions.
 
 Two runs give the same bytes, whatever the number of workers. A run that was killed leaves finished shards and a folder
 `.unfinished`, and no manifest; the same command goes on from there.
@@ -32,8 +33,9 @@ from data_prep.image import JPEG_QUALITY
 from data_prep.plan import Plan, plan_shards
 from data_prep.pool import counted, run_tasks
 from data_prep.shard import FIELDS, UNFINISHED, DamagedSourceError, ShardRecord, record_path, write_shard
-from data_prep.sources import SOURCES, detect_format
+from data_prep.sources import detect_format, list_samples
 from data_prep.sources.listing import Listing
+from data_prep.sources.options import ClassFile, SourceOptions
 
 SHOWN_DAMAGED = 10
 
@@ -43,13 +45,16 @@ class Arguments:
     """Turn images into shards with an index."""
 
     src: Annotated[Positional[str], arg(metavar="SRC")]
-    """Folder with one folder of images per class, or one such folder per split; or the word digits."""
+    """Folder with one folder of images per class, or one such folder per split; Kaggle's ImageNet; parquet files; idx
+    files (MNIST); torchvision:NAME; or the word digits."""
     dst: Annotated[Positional[Path], arg(metavar="DST")]
     """Folder of the shard set; the shards land in DST/SPLIT."""
     split: Literal["train", "val"]
     """Which split to make."""
-    format: Literal["auto", "imagefolder", "digits"] = "auto"
+    format: Literal["auto", "imagefolder", "ilsvrc", "parquet", "idx", "torchvision", "digits"] = "auto"
     """What SRC is; auto finds out."""
+    classes: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Take these classes only: one a line, as in the lists of ImageNet-100."""
     shard_mb: float = 256.0
     """Largest size of a shard, MB. Each shard is one task, so small sets convert faster in smaller shards."""
     resize_short: Annotated[int | None, arg(metavar="PX")] = None
@@ -62,6 +67,12 @@ class Arguments:
     """Seed of the order in which the samples lie in the shards."""
     decode_check: bool = True
     """Decode every image once and leave out those that fail. Without it, only the headers are read, which is faster."""
+    image_column: Annotated[str | None, arg(metavar="NAME")] = None
+    """Column of parquet files with the images; found where it is image or img."""
+    label_column: Annotated[str | None, arg(metavar="NAME")] = None
+    """Column of parquet files with the classes; found where it is label, labels or fine_label."""
+    download_dir: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Where torchvision's data sets lie or are downloaded to (default: ~/.cache/ast_dist/torchvision)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.shard_mb < float("inf"):
@@ -79,10 +90,10 @@ def main(argv: list[str]) -> int:
     arguments = parse_arguments(Arguments, argv, "python -m data_prep.make_shards")
     folder = arguments.dst / arguments.split
     _refuse_finished(folder)
-    source = detect_format(arguments.src) if arguments.format == "auto" else arguments.format
-    listing = SOURCES[source](arguments.src, arguments.split)
-    _refuse_other_classes(arguments, listing)
     _refuse_foreign(folder)
+    source = detect_format(arguments.src) if arguments.format == "auto" else arguments.format
+    listing = list_samples(source, arguments.src, arguments.split, _source_options(arguments))
+    _refuse_other_classes(arguments, listing)
     if listing.passed_over:
         found = ", ".join(f"{count:,} × {suffix}" for suffix, count in Counter(listing.passed_over).most_common(5))
         print(f"{arguments.split}: files passed over, since they are no images: {found}", file=sys.stderr, flush=True)
@@ -109,6 +120,15 @@ def main(argv: list[str]) -> int:
         _finish(folder, records, manifest)
     _report(folder, manifest, reused, time.monotonic() - started)
     return 0
+
+
+def _source_options(arguments: Arguments) -> SourceOptions:
+    return SourceOptions(
+        classes=ClassFile.read(arguments.classes) if arguments.classes else None,
+        image_column=arguments.image_column,
+        label_column=arguments.label_column,
+        download_dir=arguments.download_dir,
+    )
 
 
 def _refuse_finished(folder: Path) -> None:
@@ -271,8 +291,9 @@ def _manifest(arguments: Arguments, listing: Listing, records: list[ShardRecord]
     damaged = [{"file": name, "reason": reason} for record in records for name, reason in record.damaged]
     labels = np.concatenate([record.fields["label"] for record in records])
     left = np.bincount(labels, minlength=len(listing.classes))
-    if not left.all():
-        label = int(np.flatnonzero(left == 0)[0])
+    lost = (left == 0) & (np.bincount(listing.labels, minlength=len(left)) > 0)
+    if lost.any():
+        label = int(np.flatnonzero(lost)[0])
         tried = {listing.names[row] for row in np.flatnonzero(listing.labels == label)}
         first = next(entry for entry in damaged if entry["file"] in tried)
         raise DamagedSourceError(
@@ -293,6 +314,7 @@ def _manifest(arguments: Arguments, listing: Listing, records: list[ShardRecord]
         "jpeg_quality": arguments.jpeg_quality,
         "num_samples": len(labels),
         "classes": listing.classes,
+        **({"class_names": listing.class_names} if listing.class_names else {}),
         "shards": [
             {"name": record.name, "bytes": record.bytes, "samples": len(record.keys), "sha256": record.sha256}
             for record in records

@@ -17,6 +17,7 @@ from data_prep.tar import RECORD, tar_bytes
 
 KEY_NAME_LENGTH = 60  # with the number in front and the extension behind it stays well below tar's 100
 PROBED_IMAGES = 64
+MIXED_SHARDS = 8
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,11 @@ def plan_shards(
     """Order the samples by a seeded permutation and cut that order into shards of about equal bytes.
 
     folder: where the shards go. unfinished: where they lie while they are written. shard_mb: largest size, 10^6 bytes.
-    The permutation sorts the samples by a hash of (seed, position in the listing), so every shard holds a random
-    draw of all classes, and reading the shards one after the other is as good as a shuffle.
+    Every shard holds a random draw of all classes, so reading the shards one after the other is as good as a shuffle;
+    of sources that are read in blocks, it is a draw of the blocks that are mixed with each other.
     """
     count = len(listing.names)
-    order = np.argsort(hash_ids(np.arange(count), STREAM_CONVERT, seed), kind="stable")
+    order = _order(listing, seed, int(MIXED_SHARDS * shard_mb * 1e6))
     sizes = listing.sizes[order]
     if resize_short:
         sizes = np.ceil(sizes * _shrinkage(listing, order, resize_short, jpeg_quality)).astype(np.int64)
@@ -83,12 +84,30 @@ def plan_shards(
     return Plan(tasks, planned, _fingerprint(settings, listing))
 
 
+def _order(listing: Listing, seed: int, window_bytes: int) -> np.ndarray:
+    """The samples, sorted by a hash of (seed, position in the listing).
+
+    Where they are read in blocks, the blocks are drawn first, in the same way, and samples are mixed only among the
+    blocks that fill one window; then a shard reads about MIXED_SHARDS times what it holds, whatever the set's size.
+    """
+    count = len(listing.names)
+    drawn = hash_ids(np.arange(count), STREAM_CONVERT, seed)
+    if listing.blocks is None:
+        return np.argsort(drawn, kind="stable")
+    _, first, block, held = np.unique(listing.blocks, return_index=True, return_inverse=True, return_counts=True)
+    order = np.argsort(hash_ids(first, STREAM_CONVERT, seed + 1), kind="stable")
+    block_bytes = listing.sizes[first] * held
+    windows = np.empty(len(first), np.int64)
+    windows[order] = (np.cumsum(block_bytes[order]) - 1) // max(1, window_bytes)
+    return np.lexsort((drawn, windows[block]))
+
+
 def _slug(name: str) -> str:
     """A sample's name as part of its key: `airplane/0001.jpg` → `airplane-0001`.
 
     Keys hold no dot (WebDataset ends a key there), no blank (DALI's index is split at them) and only ASCII.
     """
-    stem = name.rpartition(".")[0] or name
+    stem = re.sub(r"\.\w{1,5}$", "", name)
     return re.sub(r"[^A-Za-z0-9_]+", "-", stem)[-KEY_NAME_LENGTH:].strip("-")
 
 

@@ -5,10 +5,9 @@ import json
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, runtime_checkable
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -17,18 +16,11 @@ from ast_dist.errors import UserError
 from data_prep.dali_index import Member, dali_index
 from data_prep.image import DamagedImage, store_image
 from data_prep.pool import advance
+from data_prep.sources.listing import Reader, ReadsTogether
 from data_prep.tar import TarWriter, tar_bytes
 
 UNFINISHED = ".unfinished"  # folder in a split's folder until its manifest stands: temporary files, records, a lock
 FIELDS = ("offset", "size", "label", "height", "width", "crc32")
-
-
-@runtime_checkable
-class ReadsTogether(Protocol):
-    """A reader for which many samples at once cost far less than one after the other."""
-
-    def together(self, names: Sequence[str]) -> Callable[[str], bytes]:
-        """A reader of these samples alone, which may hold them in memory."""
 
 
 class DamagedSourceError(UserError):
@@ -46,7 +38,7 @@ class ShardTask:
 
     path: Path
     unfinished: Path
-    read: Callable[[str], bytes]
+    read: Reader
     names: list[str]
     labels: list[int]
     keys: list[str]
@@ -115,7 +107,7 @@ def write_shard(task: ShardTask) -> ShardRecord:
     damaged: list[tuple[str, str]] = []
     rewritten: Counter[str] = Counter()
     temporary = task.unfinished / f"{task.path.name}.tmp"
-    read = task.read.together(task.names) if isinstance(task.read, ReadsTogether) else task.read
+    read = _opened(task)
     with replaced_file(task.path, temporary) as file:
         hashing = _HashingFile(file)
         tar = TarWriter(hashing)
@@ -158,15 +150,28 @@ def write_shard(task: ShardTask) -> ShardRecord:
     return record
 
 
-def _read(read: Callable[[str], bytes], name: str) -> bytes:
+def _opened(task: ShardTask) -> Reader:
+    if not isinstance(task.read, ReadsTogether):
+        return task.read
+    try:
+        return task.read.together(task.names)
+    except OSError as error:
+        raise _unreadable(error, task.names[0]) from None
+
+
+def _read(read: Reader, name: str) -> bytes:
     try:
         return read(name)
     except OSError as error:
-        # Not a damaged image: another try may succeed, so it must not be left out for good.
-        raise UserError(
-            f"{error.filename or name}: cannot be read ({error.strerror}). Mend it or move it away and run the same "
-            "command again."
-        ) from None
+        raise _unreadable(error, name) from None
+
+
+def _unreadable(error: OSError, name: str) -> UserError:
+    # Not a damaged image: another try may succeed, so it must not be left out for good.
+    return UserError(
+        f"{error.filename or name}: cannot be read ({error.strerror}). Mend it or move it away and run the same "
+        "command again."
+    )
 
 
 def _nothing_left(task: ShardTask, damaged: list[tuple[str, str]]) -> str:
