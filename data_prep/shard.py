@@ -154,7 +154,7 @@ def _opened(task: ShardTask) -> Reader:
     if not isinstance(task.read, ReadsTogether):
         return task.read
     try:
-        return task.read.together(task.names)
+        return task.read.together(task.names, lambda: advance(0))
     except OSError as error:
         raise _unreadable(error, task.names[0]) from None
 

@@ -128,7 +128,7 @@ def _load(path: str) -> np.ndarray:
         else:
             content = np.memmap(path, np.uint8, "r")
     except (EOFError, zlib.error, ValueError, gzip.BadGzipFile) as error:
-        raise UserError(f"{path}: cannot be unpacked ({error}). Download it again.") from None
+        raise UserError(f"{path}: cannot be read ({error}). Download it again.") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
     head = content[:4].tobytes()

@@ -1,6 +1,6 @@
 """What a source says of itself before any image is read."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -21,8 +21,11 @@ class ReadsTogether(Protocol):
     def __call__(self, name: str, /) -> bytes:
         """Raises OSError when the bytes cannot be had."""
 
-    def together(self, names: Sequence[str]) -> Reader:
-        """A reader of these samples alone, which may hold them in memory. Raises OSError when one cannot be had."""
+    def together(self, names: Sequence[str], between: Callable[[], None]) -> Reader:
+        """A reader of these samples alone, which may hold them in memory. Raises OSError when one cannot be had.
+
+        between: called several times a second, so that it can raise what ends the work.
+        """
 
 
 @dataclass(frozen=True)

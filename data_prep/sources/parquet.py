@@ -13,7 +13,7 @@ groups once and holds its own samples in memory.
 import errno
 import json
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 
 from ast_dist.errors import UserError
-from data_prep.pool import advance
 from data_prep.sources.imagefolder import subfolders
 from data_prep.sources.listing import Listing, Reader, ReadMemory
 from data_prep.sources.options import NO_OPTIONS, SourceOptions
@@ -47,9 +46,9 @@ class ReadParquet:
     starts: dict[str, list[int]]
 
     def __call__(self, name: str) -> bytes:
-        return self.together([name])(name)
+        return self.together([name], lambda: None)(name)
 
-    def together(self, names: Sequence[str]) -> Reader:
+    def together(self, names: Sequence[str], between: Callable[[], None]) -> Reader:
         """Read what these names need, each row group once, a few rows at a time."""
         wanted: dict[tuple[str, int], dict[int, str]] = {}
         for name in names:
@@ -58,7 +57,7 @@ class ReadParquet:
             wanted.setdefault((file, group), {})[row] = name
         images: dict[str, bytes] = {}
         for (file, group), rows in sorted(wanted.items()):
-            advance(0)  # a group may take a second: let a stop come through
+            between()
             self._read_group(file, group, rows, images)
         return ReadMemory(images)
 

@@ -125,11 +125,13 @@ def _find(name: str, folder: Path, split: str) -> tuple[Any, dict[str, Any]]:
     for arguments in candidates:
         try:
             return _open(name, tuple(arguments.items())), arguments
-        except ValueError as error:  # how torchvision says that it knows no such split
-            refused = str(error).splitlines()[0]
-            continue
-        except (RuntimeError, OSError, TypeError, ImportError) as error:
-            if "download" not in parameters or isinstance(error, (TypeError, ImportError)):
+        except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:
+            if (
+                isinstance(error, ValueError) and "split" in arguments
+            ):  # so torchvision says that it knows no such split
+                refused = _reason(error)
+                continue
+            if "download" not in parameters or not isinstance(error, RuntimeError | OSError):
                 raise UserError(f"{PREFIX}{name}: cannot be opened ({_reason(error)}).") from None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -156,7 +158,8 @@ def _check_kind(name: str, dataset: Any) -> None:
     try:
         image, label = dataset[0]
         is_classification = isinstance(image, Image.Image) and int(label) >= 0
-    except (TypeError, ValueError, IndexError):
+        image.close()
+    except (TypeError, ValueError, IndexError, AttributeError):
         is_classification = False
     if not is_classification:
         raise UserError(f"{PREFIX}{name}: not a data set of images with one class each, which is what training takes.")
@@ -167,15 +170,21 @@ def _labels(dataset: Any) -> np.ndarray:
     count = len(dataset)
     for attribute in _LABELS:
         values = np.asarray(getattr(dataset, attribute, None))
-        if values.shape == (count,) and values.dtype.kind in "iu" and int(values[0]) == int(dataset[0][1]):
+        if values.shape == (count,) and values.dtype.kind in "iu" and int(values[0]) == _label(dataset, 0):
             return values.astype(np.int32)
     for attribute in _PATHS[:2]:
         pairs = getattr(dataset, attribute, None)
         if isinstance(pairs, list) and len(pairs) == count and isinstance(pairs[0], tuple) and len(pairs[0]) == 2:
             values = np.asarray([pair[1] for pair in pairs])
-            if values.dtype.kind in "iu" and int(values[0]) == int(dataset[0][1]):
+            if values.dtype.kind in "iu" and int(values[0]) == _label(dataset, 0):
                 return values.astype(np.int32)
-    return np.asarray([int(dataset[row][1]) for row in range(count)], np.int32)
+    return np.asarray([_label(dataset, row) for row in range(count)], np.int32)
+
+
+def _label(dataset: Any, row: int) -> int:
+    image, label = dataset[row]
+    image.close()  # some data sets give images that are opened, but not yet read
+    return int(label)
 
 
 def _paths(dataset: Any) -> list[Path]:
@@ -190,8 +199,8 @@ def _paths(dataset: Any) -> list[Path]:
         if not all(isinstance(entry, str | Path) and Path(entry).suffix.lower() in SUFFIXES for entry in entries):
             continue
         # A data set may cut its samples out of larger pictures: then the first differs from its file.
-        with Image.open(entries[0]) as first:
-            if first.size == dataset[0][0].size:
+        with Image.open(entries[0]) as file, dataset[0][0] as given:
+            if file.size == given.size:
                 return [Path(entry) for entry in entries]
     return []
 
