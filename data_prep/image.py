@@ -75,7 +75,8 @@ def store_image(
     turn = _orientation(data) if header.has_exif else 0
     is_cmyk = header.kind == "jpg" and header.channels == 4
     is_wide = header.kind == "png" and header.bits == 16
-    if not (decode or turn or resize_short or is_cmyk or is_wide):
+    is_large = resize_short is not None and not 0 < min(header.height, header.width) <= resize_short
+    if not (decode or turn or is_large or is_cmyk or is_wide):
         height, width = header.height, header.width
         if not (height and width):
             height, width = _size_in_header(data)

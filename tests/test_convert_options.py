@@ -9,6 +9,7 @@ from PIL import Image
 
 from ast_dist.data.index import Index
 from ast_dist.errors import UserError
+from data_prep.image import store_image
 from data_prep.plan import plan_shards
 from data_prep.sources import digits, imagefolder
 from data_prep.sources.options import ClassFile, SourceOptions
@@ -139,3 +140,13 @@ def test_a_class_file_is_part_of_the_command_that_goes_on(tree, tmp_path):
     assert {(int(n), int(crc)) for n, crc in zip(index.label, index.crc32, strict=True)} == {
         (label, zlib.crc32(jpeg(10 * place + number))) for label, place in ((0, 0), (1, 2)) for number in range(2)
     }
+
+
+@pytest.mark.parametrize("decode", [True, False])
+@pytest.mark.parametrize(("height", "width"), [(20, 30), (21, 30), (30, 21), (90, 20)])
+def test_reducing_gives_the_same_bytes_with_and_without_the_decode_check(height, width, decode):
+    data = encoded(pixels(0, height, width))
+    stored = store_image(data, resize_short=20, jpeg_quality=80, decode=decode)
+    assert min(stored.height, stored.width) == 20
+    assert (stored.data == data) is (min(height, width) == 20)
+    assert stored == store_image(data, resize_short=20, jpeg_quality=80, decode=not decode)
