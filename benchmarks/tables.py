@@ -203,6 +203,18 @@ TABLES: dict[str, Table] = {
             Column("GPU, kJ", "gpu_joules", lambda value: f"{value / 1000:,.1f}"),
         ),
     ),
+    "make-shards": Table(
+        "make_shards",
+        "conversion",
+        (
+            Column("conversion", "kind", _text),
+            Column("workers", "workers", _count),
+            Column("images", "images", _count),
+            Column("JPEG, kB", "jpeg_kb", _count),
+            Column("images/s", "images_per_s", _count),
+            Column("MB/s", "mb_per_s", _count),
+        ),
+    ),
 }
 
 

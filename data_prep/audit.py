@@ -20,12 +20,13 @@ from data_prep.pool import advance, counted
 class ShardAudit:
     """What a shard should be.
 
-    root: the split's folder. number: the shard's. manifest_entry: its name, bytes and sha256, as the manifest states
-    them. rows: ids of its samples; None when the index cannot be read. num_samples, num_classes: of the whole split.
-    decode: decode every image, too.
+    root: the split's folder. data_root: the folder that the shard's name starts from. number: the shard's.
+    manifest_entry: its name, bytes and sha256, as the manifest states them. rows: ids of its samples; None when the
+    index cannot be read. num_samples, num_classes: of the whole split. decode: decode every image, too.
     """
 
     root: Path
+    data_root: Path
     number: int
     manifest_entry: dict[str, Any]
     rows: range | None
@@ -45,10 +46,21 @@ class ShardFaults:
 def audit_shard(task: ShardAudit) -> ShardFaults:
     """Read one shard whole and list what is wrong with it."""
     found = ShardFaults()
-    path, stated = task.root / task.manifest_entry["name"], task.manifest_entry
+    path = task.data_root / task.manifest_entry["name"]
+    if not check_file(path, task.manifest_entry, found):
+        return found
+    members, labels = _members(path, found)
+    _check_dali_index(path, members, found)
+    if task.rows is not None:
+        _check_samples(task, path, task.rows, members, labels, found)
+    return found
+
+
+def check_file(path: Path, stated: dict[str, Any], found: ShardFaults) -> bool:
+    """Hold a shard's size and SHA-256 against its entry in the manifest. Returns whether it is there."""
     if not path.is_file():
         found.faults.append(f"missing; the manifest states {stated['bytes']:,} bytes")
-        return found
+        return False
     size = path.stat().st_size
     if size != stated["bytes"]:
         found.faults.append(f"has {size:,} bytes, but the manifest states {stated['bytes']:,}")
@@ -56,11 +68,7 @@ def audit_shard(task: ShardAudit) -> ShardFaults:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != stated["sha256"]:
         found.faults.append(f"SHA-256 is {digest[:16]}…, but the manifest states {stated['sha256'][:16]}…")
-    members, labels = _members(path, found)
-    _check_dali_index(path, members, found)
-    if task.rows is not None:
-        _check_samples(task, path, task.rows, members, labels, found)
-    return found
+    return True
 
 
 def _members(path: Path, found: ShardFaults) -> tuple[list[Member], dict[str, bytes]]:
@@ -119,7 +127,7 @@ def _check_samples(
             if offset < 0 or size < 0 or offset + size > end:
                 beyond.append(sample)
                 continue
-            fault = _fault_of_bytes(os.pread(file.fileno(), size, offset), fields, row, task.decode)
+            fault = fault_of_bytes(os.pread(file.fileno(), size, offset), fields, row, task.decode)
             member = images.pop(key, None)
             if fault:
                 found.faults.append(f"{sample}: {fault}")
@@ -136,11 +144,11 @@ def _check_samples(
             elif not 0 <= label < task.num_classes:
                 found.faults.append(f"{sample}: label {label}, but there are {task.num_classes} classes")
     if beyond:
-        found.faults.append(f"{counted(len(beyond), 'sample')} beyond the file's end at {end:,}: {_ends(beyond)}")
+        found.faults.append(f"{counted(len(beyond), 'sample')} beyond the file's end at {end:,}: {ends(beyond)}")
     if unlisted:
         listed = f"ends with {members[-1].name}" if members else "is empty"
         found.faults.append(
-            f"{counted(len(unlisted), 'sample')} missing in the tar's listing, which {listed}: {_ends(unlisted)}"
+            f"{counted(len(unlisted), 'sample')} missing in the tar's listing, which {listed}: {ends(unlisted)}"
         )
     known = {bytes(key).decode("ascii", "replace") for key in fields[KEYS_NAME]}
     unknown = [key for key in images if key not in known]
@@ -150,11 +158,12 @@ def _check_samples(
         )
 
 
-def _ends(names: list[str]) -> str:
+def ends(names: list[str]) -> str:
+    """The first and the last of some names."""
     return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
 
 
-def _fault_of_bytes(data: bytes, fields: dict[str, np.ndarray], row: int, decode: bool) -> str:
+def fault_of_bytes(data: bytes, fields: dict[str, np.ndarray], row: int, decode: bool) -> str:
     """What is wrong with a sample's bytes; empty when nothing is."""
     crc32, stated = zlib.crc32(data), int(fields["crc32"][row])
     if crc32 != stated:

@@ -1,8 +1,10 @@
 """Verify shards, sample by sample: `python -m data_prep.check_shards DST`.
 
 DST is a split's folder, or one that holds such folders. Every shard is read whole: its checksum, its structure as a
-tar, DALI's .idx, and for every sample of the index the bytes' CRC, the label and the size of the decoded image. Prints
-every fault and ends with exit code 0 when there is none, 1 when there is any, 2 when DST holds no shard set.
+tar, DALI's .idx, and for every sample of the index the bytes' CRC, the label and the size of the decoded image. Of data
+that were indexed where they lie, every tar is held against its index the same way (it needs no .idx), and every loose
+file is read, held against what the index knows of it, and decoded. Prints every fault and ends with exit code 0 when
+there is none, 1 when there is any, 2 when DST holds no set, or the folder of its data is not there.
 """
 
 import sys
@@ -16,11 +18,12 @@ import numpy as np
 from tyro.conf import Positional, arg
 
 from ast_dist.arguments import parse_arguments
-from ast_dist.data.index import FIELDS, KEYS_NAME, MANIFEST_NAME, load_field, read_manifest
+from ast_dist.data.index import FIELDS, KEYS_NAME, MANIFEST_NAME, field_path, file_sha256, load_field, read_manifest
 from ast_dist.errors import UserError, run_command
 from data_prep.audit import ShardAudit, ShardFaults, audit_shard
+from data_prep.audit_in_place import FILES_A_TASK, FilesAudit, audit_files, audit_tar
+from data_prep.destination import INDEXING, UNFINISHED
 from data_prep.pool import counted, run_tasks
-from data_prep.shard import UNFINISHED
 
 
 @dataclass(frozen=True)
@@ -46,23 +49,25 @@ def main(argv: list[str]) -> int:
     """
     arguments = parse_arguments(Arguments, argv, "python -m data_prep.check_shards")
     faults = 0
-    for path in sorted(arguments.dst.glob(f"*/{UNFINISHED}")):
+    for path in sorted(path for state in (UNFINISHED, INDEXING) for path in arguments.dst.glob(f"*/{state}")):
         if not (path.parent / MANIFEST_NAME).is_file():
             print(f"{path.parent}: its conversion did not finish; run data_prep.make_shards again")
             faults += 1
     # All manifests first: a folder that is no set must not be found out after an hour of checking another.
     splits = [(root, read_manifest(root)[0]) for root in _splits(arguments.dst)]
     for root, manifest in splits:
-        found = _check_split(root, manifest, arguments)
+        _refuse_absent_data(root, _data_root(root, manifest))
+    for root, manifest in splits:
+        check = _check_files if manifest.get("layout") == "files" else _check_split
+        found = check(root, manifest, arguments)
         for fault in found:
             print(f"{root}: {fault}")
         verdict = counted(len(found), "fault") if found else "clean"
         left_out = f", {len(manifest['damaged']):,} left out at conversion" if manifest.get("damaged") else ""
-        print(
-            f"{root}: {manifest['num_samples']:,} samples in {counted(len(manifest['shards']), 'shard')}, "
-            f"{len(manifest['classes']):,} classes{left_out}: {verdict}",
-            flush=True,
+        held = (
+            f"{manifest['num_samples']:,} samples in {_container(root, manifest)}, {len(manifest['classes']):,} classes"
         )
+        print(f"{root}: {held}{left_out}: {verdict}", flush=True)
         faults += len(found)
     return 1 if faults else 0
 
@@ -75,6 +80,53 @@ def _splits(dst: Path) -> list[Path]:
     return [dst]  # where this is no set either, reading its manifest says so
 
 
+def _data_root(root: Path, manifest: dict[str, Any]) -> str:
+    return str(manifest.get("data_root", root))
+
+
+def _refuse_absent_data(root: Path, data_root: str) -> None:
+    if "://" in data_root:
+        raise UserError(f"{root}: its data lie at {data_root}. Check them where they are local files.")
+    if not Path(data_root).is_dir():
+        raise UserError(f"{root}: its data lie in {data_root}, but there is no such folder. Mount or restore it.")
+
+
+def _container(root: Path, manifest: dict[str, Any]) -> str:
+    if manifest.get("layout") == "files":
+        return f"files below {_data_root(root, manifest)}"
+    return counted(len(manifest["shards"]), "shard")
+
+
+def _check_files(root: Path, manifest: dict[str, Any], arguments: Arguments) -> list[str]:
+    """Every fault of a split of loose files, in the order of the samples."""
+    faults = _faults_of_index(root, manifest)
+    if faults:
+        return faults
+    count = manifest["num_samples"]
+    audits = [
+        FilesAudit(
+            root=root,
+            data_root=Path(_data_root(root, manifest)),
+            rows=range(at, min(at + FILES_A_TASK, count)),
+            num_samples=count,
+            num_classes=len(manifest["classes"]),
+            decode=arguments.decode,
+        )
+        for at in range(0, count, FILES_A_TASK)
+    ]
+    found: dict[int, list[str]] = {}
+    run_tasks(
+        audit_files,
+        audits,
+        found.__setitem__,
+        workers=arguments.workers,
+        total=count,
+        label=root.name,
+        preload=["data_prep.audit_in_place", *(["torchvision.io"] if arguments.decode else [])],
+    )
+    return [fault for number in range(len(audits)) for fault in found[number]]
+
+
 def _check_split(root: Path, manifest: dict[str, Any], arguments: Arguments) -> list[str]:
     """Every fault of one split, in the order of the shards."""
     faults = _faults_of_index(root, manifest)
@@ -84,6 +136,7 @@ def _check_split(root: Path, manifest: dict[str, Any], arguments: Arguments) -> 
     audits = [
         ShardAudit(
             root=root,
+            data_root=Path(_data_root(root, manifest)),
             number=number,
             manifest_entry=shard,
             rows=range(end - shard["samples"], end) if readable else None,
@@ -95,13 +148,13 @@ def _check_split(root: Path, manifest: dict[str, Any], arguments: Arguments) -> 
     ]
     found: dict[int, ShardFaults] = {}
     run_tasks(
-        audit_shard,
+        audit_tar if manifest.get("source") == "wds" else audit_shard,
         audits,
         found.__setitem__,
         workers=arguments.workers,
         total=manifest["num_samples"],
         label=root.name,
-        preload=["data_prep.audit", *(["torchvision.io"] if arguments.decode else [])],
+        preload=["data_prep.audit_in_place", *(["torchvision.io"] if arguments.decode else [])],
     )
     faults += _repeated_keys(found[number].keys for number in range(len(shards)))
     return faults + [f"{shards[n]['name']}: {fault}" for n in range(len(shards)) for fault in found[n].faults]
@@ -109,11 +162,16 @@ def _check_split(root: Path, manifest: dict[str, Any], arguments: Arguments) -> 
 
 def _faults_of_index(root: Path, manifest: dict[str, Any]) -> list[str]:
     faults = []
+    stated = manifest.get("index_sha256", {}) if manifest.get("layout") == "files" else {}
     for name in [*FIELDS, KEYS_NAME]:
         try:
             load_field(root, name, manifest["num_samples"])
         except UserError as error:
             faults.append(str(error).removeprefix(f"{root}/"))
+            continue
+        # A shard states labels and places itself, and is held against them; loose files do not.
+        if name in stated and (found := file_sha256(field_path(root, name))) != stated[name]:
+            faults.append(f"index/{name}.npy: SHA-256 is {found[:16]}…, but the manifest states {stated[name][:16]}…")
     return faults
 
 

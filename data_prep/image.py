@@ -1,4 +1,4 @@
-"""One image from its source to its shard: judged once, and left as it is unless every reader would not agree on it."""
+"""One image from its source to its shard: judged once, and left as it is where all readers agree on it."""
 
 import contextlib
 import io
@@ -10,19 +10,18 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from data_prep.header import read_header
+
 if TYPE_CHECKING:
     from PIL import Image
 
 JPEG_QUALITY = 95
-# Extensions of the formats that torchvision decodes, as they are called in a shard …
-STORED_AS = {".jpg": "jpg", ".jpeg": "jpg", ".png": "png", ".webp": "webp"}
-# … and of those it does not, which are stored as PNG, without loss (of an animation, the first picture).
-TO_PNG = {".bmp", ".gif", ".pgm", ".ppm", ".tif", ".tiff"}
-SUFFIXES = {*STORED_AS, *TO_PNG}
+# What files of images end in; what is inside decides how they are stored.
+SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 _ORIENTATION_TAG = 0x0112
-# How JPEG, PNG and WebP files start, and what stands before their EXIF data. Looking for it costs less than parsing.
-_EXIF_MARKS = {b"\xff\xd8": b"Exif\0\0", b"\x89P": b"eXIf", b"RI": b"EXIF"}
+# What Pillow may open. It knows more formats, but some start other programs, and none is one of photographs.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 
 
 class DamagedImage(Exception):
@@ -45,44 +44,59 @@ class StoredImage:
     rewritten: str = ""
 
 
-def store_image(data: bytes, suffix: str, resize_short: int | None = None, decode: bool = True) -> StoredImage:
+def store_image(
+    data: bytes, resize_short: int | None = None, jpeg_quality: int = JPEG_QUALITY, decode: bool = True
+) -> StoredImage:
     """Judge one image and decide what is stored.
 
-    data: encoded bytes. suffix: the source file's extension, with dot, lower case. resize_short: pixels to which a
-    longer short side is reduced (Lanczos). decode: decode the image, whole, to see whether that works; otherwise
-    height and width come from its header.
+    data: encoded bytes; they alone say what format this is. resize_short: pixels to which a longer short side is
+    reduced (Lanczos). jpeg_quality: 1 … 100, where a JPEG is encoded again. decode: decode the image, whole, to see
+    whether that works; otherwise height and width come from its header.
 
-    The bytes stay untouched, with four exceptions. Images whose EXIF data ask for a turn are turned upright and
-    encoded again (JPEG quality 95; PNG stays PNG): some readers follow EXIF, others do not, and a crop box must mean
-    the same for all. Larger images are reduced where `resize_short` says so. Formats that torchvision does not read
-    become PNG, and PNGs with 16 bits a channel are brought to 8, since decoders disagree on their type.
+    The bytes stay untouched, with these exceptions, with and without `decode`:
+    - Images whose EXIF data ask for a turn are turned upright: some readers follow EXIF, others do not, and a crop
+      box must mean the same for all.
+    - JPEGs in CMYK or YCCK become RGB: not every decoder reads them, and those that do disagree on the colours.
+    - Larger images are reduced where `resize_short` says so.
+    - Formats that torchvision does not read (BMP, GIF, PPM, TIFF) become PNG, of an animation the first picture.
+    - PNGs with 16 bits a channel are brought to 8, since decoders disagree on their type.
+    PNG stays PNG, everything else that is encoded again becomes JPEG. Grey images stay grey: all decoders expand them.
     Raises DamagedImage.
     """
     if not data:
         raise DamagedImage("empty file")
     rewritten: list[str] = []
-    if suffix in TO_PNG:
-        data, suffix = _as_png(data), ".png"
+    header = read_header(data)
+    if header.kind == "other":
+        data = _as_png(data)
+        header = read_header(data)
         rewritten.append("as PNG")
-    extension = STORED_AS[suffix]
-    turn = _orientation(data)
-    if not (decode or turn or resize_short or _is_png_of_16_bits(data)):
-        height, width = _size_in_header(data)
+    extension: str = header.kind
+    turn = _orientation(data) if header.has_exif else 0
+    is_cmyk = header.kind == "jpg" and header.channels == 4
+    is_wide = header.kind == "png" and header.bits == 16
+    is_large = resize_short is not None and not 0 < min(header.height, header.width) <= resize_short
+    if not (decode or turn or is_large or is_cmyk or is_wide):
+        height, width = header.height, header.width
+        if not (height and width):
+            height, width = _size_in_header(data)
         return StoredImage(data, extension, height, width, " and ".join(rewritten))
 
     source = pixels = decode_rgb(data)
     if pixels.dtype != np.uint8:
         pixels = _to_8_bits(pixels)
         rewritten.append("with 8 bits")
+    if is_cmyk:
+        rewritten.append("from CMYK")
     if turn:
         pixels = _upright(pixels, turn)
         rewritten.append("turned upright")
     if resize_short and min(pixels.shape[:2]) > resize_short:
         pixels = _resized(pixels, resize_short)
         rewritten.append(f"short side {resize_short} px")
-    if pixels is not source:
+    if is_cmyk or pixels is not source:
         extension = "png" if extension == "png" else "jpg"
-        data = _encode(pixels, extension)
+        data = _encode(pixels, extension, jpeg_quality)
     height, width = pixels.shape[:2]
     return StoredImage(data, extension, height, width, " and ".join(rewritten))
 
@@ -110,9 +124,6 @@ def decode_rgb(data: bytes) -> np.ndarray:
 
 def _orientation(data: bytes) -> int:
     """The turn that EXIF data ask for: 2 … 8, or 0 for none."""
-    mark = _EXIF_MARKS.get(data[:2])
-    if mark is None or mark not in data:
-        return 0
     try:
         with _quiet():
             value = _open(data).getexif().get(_ORIENTATION_TAG)
@@ -146,7 +157,7 @@ def _to_8_bits(pixels: np.ndarray) -> np.ndarray:
     return ((pixels.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
 
 
-def _encode(pixels: np.ndarray, extension: str) -> bytes:
+def _encode(pixels: np.ndarray, extension: str, jpeg_quality: int) -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -154,7 +165,7 @@ def _encode(pixels: np.ndarray, extension: str) -> bytes:
     if extension == "png":
         image.save(buffer, "PNG")
     else:
-        image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+        image.save(buffer, "JPEG", quality=jpeg_quality)
     return buffer.getvalue()
 
 
@@ -181,7 +192,7 @@ def _open(data: bytes) -> "Image.Image":
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None  # these are the person's own files, however large
-    return Image.open(io.BytesIO(data))
+    return Image.open(io.BytesIO(data), formats=_FORMATS)
 
 
 @contextlib.contextmanager
@@ -190,10 +201,6 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _is_png_of_16_bits(data: bytes) -> bool:
-    return data[:8] == b"\x89PNG\r\n\x1a\n" and data[24:25] == b"\x10"
 
 
 def _first_line(error: Exception) -> str:

@@ -1,22 +1,20 @@
 """Turn images into shards with an index: `python -m data_prep.make_shards SRC DST --split train`.
 
 SRC is a folder with one folder of images per class (or one that holds such a folder per split: train, val, test), or
-the word `digits` for the digits that come with scikit-learn. The shards land in DST/SPLIT; `ast_dist/data/index.py` has
-the layout. JPEGs are stored byte for byte; `data_prep/image.py` names the exceptions.
+one of the other sources in `data_prep/sources`: Kaggle's ImageNet, parquet files of the Hugging Face Hub, MNIST's idx
+files, `torchvision:NAME`, or `digits` for the digits that come with scikit-learn. The shards land in DST/SPLIT;
+`ast_dist/data/index.py` has the layout. JPEGs are stored byte for byte; `data_prep/image.py` names the exceptions.
 
 Two runs give the same bytes, whatever the number of workers. A run that was killed leaves finished shards and a folder
 `.unfinished`, and no manifest; the same command goes on from there.
 """
 
-import contextlib
 import errno
-import fcntl
 import re
 import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,11 +26,16 @@ from ast_dist import __version__
 from ast_dist.arguments import parse_arguments
 from ast_dist.data.index import MANIFEST_NAME, read_manifest, replaced_file, write_index, write_manifest
 from ast_dist.errors import UserError, run_command
+from data_prep.destination import INDEXING, UNFINISHED, held_alone, refuse_finished, refuse_foreign, remove_empty
+from data_prep.image import JPEG_QUALITY
+from data_prep.in_place import Settings, index_files, index_tars
 from data_prep.plan import Plan, plan_shards
 from data_prep.pool import counted, run_tasks
-from data_prep.shard import FIELDS, UNFINISHED, DamagedSourceError, ShardRecord, record_path, write_shard
-from data_prep.sources import SOURCES, detect_format
+from data_prep.shard import FIELDS, DamagedSourceError, ShardRecord, record_path, write_shard
+from data_prep.sources import detect_format, list_samples
+from data_prep.sources.files import list_files
 from data_prep.sources.listing import Listing
+from data_prep.sources.options import ClassFile, SourceOptions
 
 SHOWN_DAMAGED = 10
 
@@ -42,45 +45,84 @@ class Arguments:
     """Turn images into shards with an index."""
 
     src: Annotated[Positional[str], arg(metavar="SRC")]
-    """Folder with one folder of images per class, or one such folder per split; or the word digits."""
+    """Folder with one folder of images per class, or one such folder per split; Kaggle's ImageNet; WebDataset tars;
+    parquet files; idx files (MNIST); torchvision:NAME; or the word digits."""
     dst: Annotated[Positional[Path], arg(metavar="DST")]
     """Folder of the shard set; the shards land in DST/SPLIT."""
     split: Literal["train", "val"]
     """Which split to make."""
-    format: Literal["auto", "imagefolder", "digits"] = "auto"
-    """What SRC is; auto finds out."""
+    format: Literal["auto", "imagefolder", "ilsvrc", "parquet", "idx", "torchvision", "digits", "wds"] = "auto"
+    """What SRC is; auto finds out. wds are WebDataset tars, which stay as they are: only an index is written."""
+    index_only: bool = False
+    """Copy nothing: index files where they lie, in class folders or as Kaggle has ImageNet. They must stay there."""
+    check_files: bool = False
+    """With --index-only, open every file, to leave out what is no image and to know the sizes beforehand."""
+    class_names: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Of WebDataset tars: a file with the classes' names, one a line, in the order of their numbers."""
+    classes: Annotated[Path | None, arg(metavar="FILE")] = None
+    """Take these classes only: one a line, as in the lists of ImageNet-100."""
     shard_mb: float = 256.0
     """Largest size of a shard, MB. Each shard is one task, so small sets convert faster in smaller shards."""
     resize_short: Annotated[int | None, arg(metavar="PX")] = None
-    """Reduce images whose short side is longer than this, in pixels (Lanczos, JPEG quality 95)."""
+    """Reduce images whose short side is longer than this, in pixels (Lanczos)."""
+    jpeg_quality: int = JPEG_QUALITY
+    """JPEG quality of the images that are encoded again, 1 to 100; all others keep their bytes."""
     workers: int = 0
     """Worker processes; 0 takes all cores."""
     seed: int = 0
-    """Seed of the order in which the samples lie in the shards."""
+    """Seed of the order in which the samples lie in the shards. An index of what is there keeps its order."""
     decode_check: bool = True
     """Decode every image once and leave out those that fail. Without it, only the headers are read, which is faster."""
+    image_column: Annotated[str | None, arg(metavar="NAME")] = None
+    """Column of parquet files with the images; found where it is image or img."""
+    label_column: Annotated[str | None, arg(metavar="NAME")] = None
+    """Column of parquet files with the classes; found where it is label, labels or fine_label."""
+    download_dir: Annotated[Path | None, arg(metavar="DIR")] = None
+    """Where torchvision's data sets lie or are downloaded to (default: ~/.cache/ast_dist/torchvision)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.shard_mb < float("inf"):
             raise UserError(f"--shard-mb is {self.shard_mb:g}, but must be above 0.")
         if self.resize_short is not None and self.resize_short < 1:
             raise UserError(f"--resize-short is {self.resize_short}, but must be at least 1 pixel.")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise UserError(f"--jpeg-quality is {self.jpeg_quality}, but must be from 1 to 100.")
         if self.workers < 0:
             raise UserError(f"--workers is {self.workers}, but must be at least 0 (0 = all cores).")
+        if self.index_only and self.resize_short is not None:
+            raise UserError(
+                "--resize-short changes images, but --index-only leaves them as they are. Take one of them."
+            )
+        if self.check_files and not self.index_only:
+            raise UserError("--check-files goes with --index-only; a conversion reads every image anyway.")
 
 
 def main(argv: list[str]) -> int:
     """Make one split. Returns the exit code 0; raises UserError for what the person can mend."""
     arguments = parse_arguments(Arguments, argv, "python -m data_prep.make_shards")
     folder = arguments.dst / arguments.split
-    _refuse_finished(folder)
+    refuse_finished(folder)
     source = detect_format(arguments.src) if arguments.format == "auto" else arguments.format
-    listing = SOURCES[source](arguments.src, arguments.split)
+    settings = Settings(arguments.src, folder, arguments.split, arguments.seed, arguments.workers)
+    if source == "wds":
+        _refuse_options_of_others(arguments)
+        index_tars(settings, arguments.class_names)
+        return 0
+    if arguments.class_names is not None:
+        raise UserError(f"--class-names is for WebDataset tars; the format {source} has names of its own.")
+    refuse_foreign(folder, INDEXING if arguments.index_only else UNFINISHED)
+    options = _source_options(arguments)
+    if arguments.index_only and source in ("imagefolder", "ilsvrc"):
+        listing = options.restrict(list_files(arguments.src, arguments.split))
+    else:
+        listing = list_samples(source, arguments.src, arguments.split, options)
     _refuse_other_classes(arguments, listing)
-    _refuse_foreign(folder)
     if listing.passed_over:
         found = ", ".join(f"{count:,} × {suffix}" for suffix, count in Counter(listing.passed_over).most_common(5))
         print(f"{arguments.split}: files passed over, since they are no images: {found}", file=sys.stderr, flush=True)
+    if arguments.index_only:
+        index_files(settings, listing, arguments.check_files)
+        return 0
     plan = plan_shards(
         listing,
         folder,
@@ -88,12 +130,13 @@ def main(argv: list[str]) -> int:
         split=arguments.split,
         shard_mb=arguments.shard_mb,
         resize_short=arguments.resize_short,
+        jpeg_quality=arguments.jpeg_quality,
         decode=arguments.decode_check,
         seed=arguments.seed,
     )
     _refuse_full_disk(folder, plan)
     started = time.monotonic()
-    with _writable(folder) as created:
+    with held_alone(folder, UNFINISHED) as created:
         try:
             records, reused = _write_shards(folder, arguments, plan)
             manifest = _manifest(arguments, listing, records)
@@ -105,20 +148,22 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def _refuse_finished(folder: Path) -> None:
-    if not (folder / MANIFEST_NAME).is_file():
-        return
-    try:
-        manifest, _ = read_manifest(folder)
-    except UserError:
-        raise UserError(
-            f"{folder}: holds a set already, though its {MANIFEST_NAME} cannot be read. Choose another DST, or delete "
-            "that folder to make it anew."
-        ) from None
-    raise UserError(
-        f"{folder}: holds a finished set already ({manifest['num_samples']:,} samples in "
-        f"{counted(len(manifest['shards']), 'shard')}). Choose another DST, or delete that folder to make it anew."
+def _source_options(arguments: Arguments) -> SourceOptions:
+    return SourceOptions(
+        classes=ClassFile.read(arguments.classes) if arguments.classes else None,
+        image_column=arguments.image_column,
+        label_column=arguments.label_column,
+        download_dir=arguments.download_dir,
     )
+
+
+def _refuse_options_of_others(arguments: Arguments) -> None:
+    if arguments.resize_short is not None:
+        raise UserError(
+            f"--resize-short changes images, but the tars of {arguments.src} are only indexed. Leave the option out."
+        )
+    if arguments.classes is not None:
+        raise UserError(f"--classes takes some of the classes, but the tars of {arguments.src} are indexed whole.")
 
 
 def _refuse_other_classes(arguments: Arguments, listing: Listing) -> None:
@@ -135,19 +180,6 @@ def _refuse_other_classes(arguments: Arguments, listing: Listing) -> None:
                 f"{arguments.dst / other} has {len(classes)}{named}. Both need the same, since a class's number is its "
                 "place among the sorted names."
             )
-
-
-def _refuse_foreign(folder: Path) -> None:
-    if not folder.exists() or (folder / UNFINISHED).is_dir():
-        return
-    if not folder.is_dir():
-        raise UserError(f"{folder}: a file, but the shards need a folder there. Choose another DST.")
-    held = sorted(path.name for path in folder.iterdir())
-    if held:
-        raise UserError(
-            f"{folder}: holds {len(held):,} files that make_shards did not write ({held[0]}, …). Choose another DST, "
-            "or empty that folder."
-        )
 
 
 def _refuse_full_disk(folder: Path, plan: Plan) -> None:
@@ -172,34 +204,6 @@ def _kept_records(folder: Path, plan: Plan) -> dict[int, ShardRecord]:
         return {}
     found = {number: ShardRecord.load(record_path(task)) for number, task in enumerate(plan.tasks)}
     return {number: record for number, record in found.items() if record is not None}
-
-
-@contextlib.contextmanager
-def _writable(folder: Path) -> Iterator[list[Path]]:
-    """Make the split's folder and hold it alone. Yields the folders that were made, innermost first."""
-    created = [path for path in [folder, *folder.parents] if not path.exists()]
-    unfinished = folder / UNFINISHED
-    try:
-        unfinished.mkdir(parents=True, exist_ok=True)
-        lock = (unfinished / "lock").open("wb")
-    except OSError as error:
-        _remove_empty(created)
-        raise UserError(f"{folder}: cannot be written ({error.strerror}). Choose another DST.") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{folder}: another make_shards is writing there. Wait for it, or choose another DST."
-            ) from None
-        except OSError:
-            pass  # a file system without locks: then nobody but the person can see to it that one run writes
-        try:
-            _refuse_finished(folder)  # the run that held the lock before may have just finished
-        except UserError:
-            shutil.rmtree(unfinished)
-            raise
-        yield created
 
 
 def _write_shards(folder: Path, arguments: Arguments, plan: Plan) -> tuple[list[ShardRecord], int]:
@@ -228,7 +232,7 @@ def _write_shards(folder: Path, arguments: Arguments, plan: Plan) -> tuple[list[
             workers=arguments.workers,
             total=sum(len(plan.tasks[number].names) for number in missing),
             label=arguments.split,
-            preload=["data_prep.shard", "webdataset.writer", *(["torchvision.io"] if arguments.decode_check else [])],
+            preload=["data_prep.shard", *(["torchvision.io"] if arguments.decode_check else [])],
         )
     except KeyboardInterrupt:
         print(f"{arguments.split}: {_how_far(records, plan)}; the same command goes on from there.", file=sys.stderr)
@@ -265,8 +269,9 @@ def _manifest(arguments: Arguments, listing: Listing, records: list[ShardRecord]
     damaged = [{"file": name, "reason": reason} for record in records for name, reason in record.damaged]
     labels = np.concatenate([record.fields["label"] for record in records])
     left = np.bincount(labels, minlength=len(listing.classes))
-    if not left.all():
-        label = int(np.flatnonzero(left == 0)[0])
+    lost = (left == 0) & (np.bincount(listing.labels, minlength=len(left)) > 0)
+    if lost.any():
+        label = int(np.flatnonzero(lost)[0])
         tried = {listing.names[row] for row in np.flatnonzero(listing.labels == label)}
         first = next(entry for entry in damaged if entry["file"] in tried)
         raise DamagedSourceError(
@@ -284,8 +289,10 @@ def _manifest(arguments: Arguments, listing: Listing, records: list[ShardRecord]
         "seed": arguments.seed,
         "decode_check": arguments.decode_check,
         "resize_short": arguments.resize_short,
+        "jpeg_quality": arguments.jpeg_quality,
         "num_samples": len(labels),
         "classes": listing.classes,
+        **({"class_names": listing.class_names} if listing.class_names else {}),
         "shards": [
             {"name": record.name, "bytes": record.bytes, "samples": len(record.keys), "sha256": record.sha256}
             for record in records
@@ -308,13 +315,7 @@ def _remove_own(folder: Path, created: list[Path], split: str) -> None:
     """Leave the disk as it was before this run."""
     _remove_stale(folder, split, set())
     shutil.rmtree(folder / UNFINISHED)
-    _remove_empty(created)
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for path in folders:
-        with contextlib.suppress(OSError):  # not there, or somebody else put something in it meanwhile
-            path.rmdir()
+    remove_empty(created)
 
 
 def _report(folder: Path, manifest: dict[str, Any], reused: int, seconds: float) -> None:

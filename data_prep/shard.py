@@ -5,10 +5,9 @@ import json
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -17,10 +16,9 @@ from ast_dist.errors import UserError
 from data_prep.dali_index import Member, dali_index
 from data_prep.image import DamagedImage, store_image
 from data_prep.pool import advance
+from data_prep.sources.listing import Reader, ReadsTogether
+from data_prep.tar import TarWriter, tar_bytes
 
-UNFINISHED = ".unfinished"  # folder in a split's folder until its manifest stands: temporary files, records, a lock
-BLOCK = 512  # bytes: a tar's headers take one, and file contents are padded to whole ones
-RECORD = 20 * BLOCK  # a tar's size is a multiple of it
 FIELDS = ("offset", "size", "label", "height", "width", "crc32")
 
 
@@ -33,16 +31,18 @@ class ShardTask:
     """What a worker needs for one shard.
 
     path: the tar's final name. unfinished: folder for what is not complete, on the same file system. read: gives the
-    bytes of a name. names, labels, keys: the shard's samples in their order. resize_short, decode: see `store_image`.
+    bytes of a name. names, labels, keys: the shard's samples in their order. resize_short, jpeg_quality, decode: see
+    `store_image`.
     """
 
     path: Path
     unfinished: Path
-    read: Callable[[str], bytes]
+    read: Reader
     names: list[str]
     labels: list[int]
     keys: list[str]
     resize_short: int | None
+    jpeg_quality: int
     decode: bool
 
 
@@ -92,14 +92,6 @@ def record_path(task: ShardTask) -> Path:
     return task.unfinished / f"{task.path.stem}.npz"
 
 
-Sizes = TypeVar("Sizes", int, np.ndarray)
-
-
-def tar_bytes(sizes: Sizes) -> Sizes:
-    """Bytes that an image of this size, or each of an array of sizes, takes in a shard with its .cls and headers."""
-    return 3 * BLOCK + (sizes + BLOCK - 1) // BLOCK * BLOCK
-
-
 def write_shard(task: ShardTask) -> ShardRecord:
     """Write one shard and its .idx; both appear under their names only when they are complete and on disk.
 
@@ -108,42 +100,40 @@ def write_shard(task: ShardTask) -> ShardRecord:
     Raises UserError when a source file cannot be read, DamagedSourceError when no sample can be decoded, OSError when
     the disk refuses.
     """
-    from webdataset.writer import TarWriter  # imported here: it takes torch with it, which the parent never needs
-
     rows: dict[str, list[int]] = {name: [] for name in FIELDS}
     keys: list[bytes] = []
     members: list[Member] = []
     damaged: list[tuple[str, str]] = []
     rewritten: Counter[str] = Counter()
     temporary = task.unfinished / f"{task.path.name}.tmp"
+    read = _opened(task)
     with replaced_file(task.path, temporary) as file:
         hashing = _HashingFile(file)
-        with TarWriter(hashing, user="", group="", mode=0o444, mtime=0, encoder=False, compress=False) as tar:
-            for name, label, key in zip(task.names, task.labels, task.keys, strict=True):
-                advance()
-                try:
-                    suffix = "." + name.rpartition(".")[2].lower()
-                    image = store_image(_read(task, name), suffix, task.resize_short, task.decode)
-                except DamagedImage as error:
-                    damaged.append((name, str(error)))
-                    continue
-                if image.rewritten:
-                    rewritten[image.rewritten] += 1
-                cls = str(label).encode("ascii")
-                at = tar.tarstream.offset
-                tar.write({"__key__": key, "cls": cls, image.extension: image.data})
-                offset = at + 3 * BLOCK  # TarWriter sorts by extension: header and block of .cls, header of the image
-                assert tar.tarstream.offset == at + tar_bytes(len(image.data))
-                members += [
-                    Member(f"{key}.cls", at + BLOCK, len(cls)),
-                    Member(f"{key}.{image.extension}", offset, len(image.data)),
-                ]
-                row = (offset, len(image.data), label, image.height, image.width, zlib.crc32(image.data))
-                for field, value in zip(FIELDS, row, strict=True):
-                    rows[field].append(value)
-                keys.append(key.encode("ascii"))
-            if not keys:
-                raise DamagedSourceError(_nothing_left(task, damaged))
+        tar = TarWriter(hashing)
+        for name, label, key in zip(task.names, task.labels, task.keys, strict=True):
+            advance()
+            try:
+                image = store_image(_read(read, name), task.resize_short, task.jpeg_quality, task.decode)
+            except DamagedImage as error:
+                damaged.append((name, str(error)))
+                continue
+            if image.rewritten:
+                rewritten[image.rewritten] += 1
+            cls, at = str(label).encode("ascii"), tar.offset
+            files = [(f"{key}.cls", cls), (f"{key}.{image.extension}", image.data)]
+            cls_offset, offset = tar.write(files)
+            assert tar.offset == at + tar_bytes(len(image.data))
+            members += [
+                Member(f"{key}.cls", cls_offset, len(cls)),
+                Member(f"{key}.{image.extension}", offset, len(image.data)),
+            ]
+            row = (offset, len(image.data), label, image.height, image.width, zlib.crc32(image.data))
+            for field, value in zip(FIELDS, row, strict=True):
+                rows[field].append(value)
+            keys.append(key.encode("ascii"))
+        if not keys:
+            raise DamagedSourceError(_nothing_left(task, damaged))
+        tar.close()
     with replaced_file(task.path.with_suffix(".idx"), temporary) as file:
         file.write(dali_index(members).encode("ascii"))
     record = ShardRecord(
@@ -159,15 +149,28 @@ def write_shard(task: ShardTask) -> ShardRecord:
     return record
 
 
-def _read(task: ShardTask, name: str) -> bytes:
+def _opened(task: ShardTask) -> Reader:
+    if not isinstance(task.read, ReadsTogether):
+        return task.read
     try:
-        return task.read(name)
+        return task.read.together(task.names, lambda: advance(0))
     except OSError as error:
-        # Not a damaged image: another try may succeed, so it must not be left out for good.
-        raise UserError(
-            f"{error.filename or name}: cannot be read ({error.strerror}). Mend it or move it away and run the same "
-            "command again."
-        ) from None
+        raise _unreadable(error, task.names[0]) from None
+
+
+def _read(read: Reader, name: str) -> bytes:
+    try:
+        return read(name)
+    except OSError as error:
+        raise _unreadable(error, name) from None
+
+
+def _unreadable(error: OSError, name: str) -> UserError:
+    # Not a damaged image: another try may succeed, so it must not be left out for good.
+    return UserError(
+        f"{error.filename or name}: cannot be read ({error.strerror}). Mend it or move it away and run the same "
+        "command again."
+    )
 
 
 def _nothing_left(task: ShardTask, damaged: list[tuple[str, str]]) -> str:

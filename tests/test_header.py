@@ -180,12 +180,15 @@ def test_exif_orientation_is_pillows_where_it_asks_for_a_turn(kind, byte_order, 
     exif[0x010F], exif[0x0112] = "a camera", orientation
     data = encoded(9, 7, kind=kind, exif=exif.tobytes())
     assert byte_order in data
-    assert exif_orientation(data, kind.lower()) == (orientation if 2 <= orientation <= 8 else 0)
+    expected = orientation if 2 <= orientation <= 8 else 0
+    assert exif_orientation(data, kind.lower()) == expected
+    if kind == "JPEG":  # EXIF data that are not the first segment
+        assert exif_orientation(data[:2] + b"\xff\xff\xfe\0\4XY" + data[2:], "jpeg") == expected
 
 
 @settings(deadline=None, max_examples=100)
 @given(st.binary(max_size=60), st.sampled_from(["jpeg", "png", "webp", "other"]))
 def test_damaged_exif_data_ask_for_no_turn_or_one_of_seven(rest, kind):
-    mark = {"jpeg": b"Exif\0\0", "png": b"eXIf", "webp": b"EXIF\0\0\0\0"}.get(kind, b"")
+    mark = {"jpeg": b"\xff\xd8\xff\xe1\0\x40Exif\0\0", "png": b"eXIf", "webp": b"EXIF\0\0\0\0"}.get(kind, b"")
     assert exif_orientation(mark + b"II*\0" + rest, kind) in {0, *range(2, 9)}
     assert exif_orientation(mark + b"MM\0*\0\0\0\x08" + rest, kind) in {0, *range(2, 9)}

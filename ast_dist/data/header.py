@@ -14,9 +14,9 @@ from typing import Literal, NamedTuple
 
 _SIZE_MARKERS = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # SOFn; the three are DHT, JPG and DAC
 _BARE_MARKERS = frozenset({0x00, 0x01, *range(0xD0, 0xD9)})  # a stuffed byte, TEM, RSTn and SOI: no length follows
-_APP14, _EOI, _SOS = 0xEE, 0xD9, 0xDA
+_APP1, _APP14, _EOI, _SOS = 0xE1, 0xEE, 0xD9, 0xDA
 _PNG_START = b"\x89PNG\r\n\x1a\n"
-_EXIF_MARKS = {"jpeg": b"Exif\0\0", "png": b"eXIf", "webp": b"EXIF"}  # what stands before the EXIF data
+_EXIF_START = b"Exif\0\0"
 _ORIENTATION_TAG = 0x0112
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 3, 4: 2, 6: 4}  # by colour type; a palette's colours have three
 
@@ -64,12 +64,10 @@ def exif_orientation(data: bytes, kind: str) -> int:
 
     data: the encoded image. kind: as `image_header` says. Damaged EXIF data ask for nothing, as decoders see it.
     """
-    mark = _EXIF_MARKS.get(kind)
-    at = data.find(mark, 0, 1 << 17 if kind == "jpeg" else len(data)) if mark else -1
-    if not mark or at < 0:
+    at = _exif_at(data, kind)
+    if not at:
         return 0
-    at += len(mark) + (4 if kind == "webp" else 0)  # a WebP chunk's size stands between
-    if data[at : at + 6] == b"Exif\0\0":
+    if data[at : at + 6] == _EXIF_START:
         at += 6
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(data[at : at + 4])
     if order is None:
@@ -83,6 +81,21 @@ def exif_orientation(data: bytes, kind: str) -> int:
                 return value if (kind_of_value, values) == (3, 1) and 2 <= value <= 8 else 0
     except struct.error:  # the data end early
         return 0
+    return 0
+
+
+def _exif_at(data: bytes, kind: str) -> int:
+    """Where EXIF data begin; 0 where there are none."""
+    if kind == "png":
+        return data.find(b"eXIf") + 4 if b"eXIf" in data else 0
+    if kind == "webp":  # the chunk's size stands between its name and its data
+        return data.find(b"EXIF") + 8 if b"EXIF" in data else 0
+    at = 2
+    while kind == "jpeg" and at + 10 <= len(data) and data[at] == 0xFF and data[at + 1] != _SOS:
+        marker = data[at + 1]
+        if marker == _APP1 and data[at + 4 : at + 10] == _EXIF_START:
+            return at + 4
+        at += 1 if marker == 0xFF else 2 if marker in _BARE_MARKERS else 2 + (data[at + 2] << 8 | data[at + 3])
     return 0
 
 

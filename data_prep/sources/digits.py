@@ -6,30 +6,20 @@ pixel differs from its level by at most 1 of 255, where neighbouring levels are 
 """
 
 import io
-from dataclasses import dataclass
 
 import numpy as np
 
 from ast_dist.counter_rng import STREAM_CONVERT, hash_ids
 from ast_dist.errors import UserError
-from data_prep.sources.listing import Listing
+from data_prep.sources.listing import Listing, ReadMemory
+from data_prep.sources.options import NO_OPTIONS, SourceOptions
 
 VAL_SHARE = 0.2
 # Not the command's seed: splits that were made with two different seeds must not overlap.
 SPLIT_SEED = 1797
 
 
-@dataclass(frozen=True)
-class ReadMemory:
-    """Gives images that are held in memory."""
-
-    images: dict[str, bytes]
-
-    def __call__(self, name: str) -> bytes:
-        return self.images[name]
-
-
-def list_samples(src: str, split: str) -> Listing:
+def list_samples(src: str, split: str, options: SourceOptions = NO_OPTIONS) -> Listing:
     """List the digits of one split: of each class a fifth, drawn once and for all, is `val`, the rest `train`.
 
     Raises UserError when scikit-learn is not installed, or when `src` is not the word `digits`.

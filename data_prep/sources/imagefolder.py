@@ -11,6 +11,7 @@ import numpy as np
 from ast_dist.errors import UserError
 from data_prep.image import SUFFIXES
 from data_prep.sources.listing import Listing
+from data_prep.sources.options import NO_OPTIONS, SourceOptions
 
 # What people call the folder of a split. The split's own name wins; the others count when they are alone.
 SPLIT_FOLDERS = {"train": ["train", "training"], "val": ["val", "validation", "valid", "test"]}
@@ -26,16 +27,24 @@ class ReadFile:
         return Path(self.root, name).read_bytes()
 
 
-def list_samples(src: str, split: str) -> Listing:
+def list_samples(src: str, split: str, options: SourceOptions = NO_OPTIONS, *, stat: bool = True) -> Listing:
     """List `src/CLASS/**/IMAGE`, or `src/SPLIT/CLASS/**/IMAGE` where `src` holds a folder for the split.
 
-    Class numbers follow the sorted names, as in torchvision. Hidden files and folders are passed over, and so are
-    files without an image's extension; links are followed.
+    Class numbers follow the sorted names, as in torchvision. stat: as for `list_class_folders`.
     Raises UserError when there is no folder, class or image, when a class is empty, and when it is not clear which
     folder holds the split.
     """
     root = _split_folder(Path(src), split)
-    classes = _subfolders(root)
+    return list_class_folders(root, options.select(subfolders(root)), "imagefolder", stat=stat)
+
+
+def list_class_folders(root: Path, classes: list[str], source: str, *, stat: bool = True) -> Listing:
+    """List `root/CLASS/**/IMAGE` for these classes, numbered in this order.
+
+    Hidden files and folders are passed over, and so are files without an image's extension; links are followed.
+    stat: ask for every file's size and time of change; without it both are 0, and no file is looked at.
+    Raises UserError when there is no image, or when a class is empty.
+    """
     names: list[str] = []
     labels: list[int] = []
     sizes: list[int] = []
@@ -43,17 +52,18 @@ def list_samples(src: str, split: str) -> Listing:
     other: Counter[str] = Counter()
     empty: list[str] = []
     for label, name in enumerate(classes):
-        before = len(names)
+        before, folder = len(names), str(root / name)
         for entry in _files_below(root / name):
-            suffix = Path(entry.name).suffix.lower()
+            suffix = os.path.splitext(entry.name)[1].lower()  # noqa: PTH122 - a Path takes longer than the stat below
             if suffix not in SUFFIXES:
                 other[suffix or entry.name] += 1
                 continue
-            stat = entry.stat()
-            names.append(os.path.relpath(entry.path, root))
+            names.append(name + entry.path[len(folder) :])
             labels.append(label)
-            sizes.append(stat.st_size)
-            stamps.append(stat.st_mtime_ns)
+            if stat:
+                found = entry.stat()
+                sizes.append(found.st_size)
+                stamps.append(found.st_mtime_ns)
         if len(names) == before:
             empty.append(name)
     if not names:
@@ -64,12 +74,12 @@ def list_samples(src: str, split: str) -> Listing:
             "Add images or remove the folder."
         )
     return Listing(
-        format="imagefolder",
+        format=source,
         classes=classes,
         names=names,
         labels=np.asarray(labels, np.int32),
-        sizes=np.asarray(sizes, np.int64),
-        stamps=np.asarray(stamps, np.int64),
+        sizes=np.asarray(sizes or np.zeros(len(names)), np.int64),
+        stamps=np.asarray(stamps or np.zeros(len(names)), np.int64),
         read=ReadFile(str(root)),
         passed_over=dict(other),
     )
@@ -83,7 +93,7 @@ def _split_folder(src: Path, split: str) -> Path:
         raise UserError(f"{src}: a file, but SRC must be a folder with one folder of images per class.")
     known = {folder for folders in SPLIT_FOLDERS.values() for folder in folders}
     # A class may be called "test", too: a split's folder holds folders, a class's holds images.
-    found = [folder for folder in _subfolders(src) if folder in known and _subfolders(src / folder)]
+    found = [folder for folder in subfolders(src) if folder in known and subfolders(src / folder)]
     if not found:
         return src
     matching = [folder for folder in SPLIT_FOLDERS[split] if folder in found]
@@ -100,7 +110,8 @@ def _split_folder(src: Path, split: str) -> Path:
     )
 
 
-def _subfolders(root: Path) -> list[str]:
+def subfolders(root: Path) -> list[str]:
+    """Sorted names of the folders in a folder, hidden ones left out. Raises UserError when it cannot be listed."""
     try:
         with os.scandir(root) as entries:
             return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
