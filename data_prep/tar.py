@@ -1,7 +1,7 @@
-"""Shards as tars: what webdataset's TarWriter writes, byte for byte, without torch and in a fraction of the time.
+"""Shards as tars: what webdataset's TarWriter writes, byte for byte, without torch and in a tenth of the time.
 
-Importing TarWriter takes torch with it, 3 s a conversion, and each of its samples costs 150 µs beside the writing
-itself; a photograph of 110 kB is read, hashed and written in 200 µs. A test holds the two writers against each other.
+Measured with photographs of 110 kB: TarWriter takes 64 µs a sample, this one 6, writing itself apart; and importing
+TarWriter takes torch with it, 1.4 s of a core. A test holds the two writers against each other.
 """
 
 import tarfile

@@ -23,7 +23,7 @@ from tests.sources import by_name, convert, encoded, jpeg, listed, not_listed, p
 
 NAMES = ["cat", "dog", "emu"]
 ROWS = 12
-SMALL_SHARDS = ["--shard-mb=0.02", "--no-decode-check"]
+SMALL_SHARDS = ["--shard-mb=0.1", "--no-decode-check"]
 
 
 def write_parquet(path, first=0, rows=ROWS, image="image", label="label", names=NAMES, group=5, **extra):
@@ -139,17 +139,19 @@ def planned(listing, tmp_path, shard_mb, seed=0):
 
 
 def test_a_shard_reads_few_times_its_bytes_however_large_the_set_and_mixes_many_groups(tmp_path):
-    rows, group = 3000, 10
+    rows, group = 3000, 50
     write_parquet(tmp_path / "train.parquet", rows=rows, group=group)
     listing = listed(tmp_path)
     plan_ = planned(listing, tmp_path, shard_mb=0.05)
     assert len(plan_.tasks) > 40
     assert sorted(name for task in plan_.tasks for name in task.names) == sorted(listing.names)
+    spread = []
     for task in plan_.tasks:
         groups = Counter(int(name.rpartition("/")[2]) // group for name in task.names)
         # The groups of one window, or of two where the shard lies across their border.
         assert len(groups) * group < 2.2 * plan.MIXED_SHARDS * len(task.names)
-        assert len(groups) > len(task.names) / 3  # few neighbours of the file lie in one shard
+        spread.append(len(groups))
+    assert np.mean(spread) > 3  # a shard's 20 samples would lie in one group or two if they lay as in the file
 
 
 def test_a_small_set_is_mixed_whole_and_by_the_seed(tmp_path):
@@ -250,7 +252,8 @@ def test_a_run_hit_at_any_moment_shows_whole_shards_only_and_is_finished_to_the_
         text=True,
     )
     deadline = time.monotonic() + 60
-    while len(list(train.glob("*.tar"))) < 2:
+    # Some shards are there, and another is being written.
+    while len(list(train.glob("*.tar"))) < 2 or not list(train.glob(".unfinished/*.tar.tmp")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
     if hit == "Ctrl-C":
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the command and to its workers
