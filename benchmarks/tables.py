@@ -101,6 +101,18 @@ TABLES: dict[str, Table] = {
             Column("loader alone, images/s", "decode_images_per_s", _count),
         ),
     ),
+    "gpu-loader": Table(
+        "gpu",
+        "gpu_loader",
+        (
+            Column("decoding", "way", _text),
+            Column("CPU cores", "cores", _count),
+            Column("batch", "batch_size", _count),
+            Column("images/s", "images_per_s", _count),
+            Column("× training", "times_training", _decimal),
+            Column("CPU, ms an image", "cpu_ms_per_image", _ratio),
+        ),
+    ),
     "gpu-resume": Table(
         "gpu",
         "exact_resume",

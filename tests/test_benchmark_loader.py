@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from ast_dist.data.index import Index
 from benchmarks import tables
+from benchmarks.gpu_loader import WAYS, decoding
 from benchmarks.images import make_images
 from benchmarks.loaders import run
 from benchmarks.loaders.bench import CONTENDERS, Contender, reason_against
@@ -108,6 +110,21 @@ def test_cpu_time_and_memory_count_living_and_ended_children():
     ended = cpu_s() - before
     assert living >= 0.28 and ended >= living
     assert memory_living > memory_before + 1
+
+
+def test_every_way_to_decode_on_a_gpu_cuts_the_same_crops(job):
+    pytest.importorskip("nvidia.dali")
+    index, device = Index.open(job.paths["shards"]), torch.device("cpu")
+    batches = {}
+    for way in (way for way in WAYS if way.cores == 0):
+        images = decoding(device, way, index, BATCH, PX, threads=1)()
+        if not isinstance(images, torch.Tensor):
+            images = torch.from_numpy(images.as_array()).permute(0, 3, 1, 2)
+        batches[way.decode] = images.float()
+    expected = batches.pop("torchvision")
+    assert len(batches) == 2
+    for images in batches.values():
+        assert images.dtype == expected.dtype and (images - expected).abs().mean() < 0.02
 
 
 def test_ratios_are_taken_within_a_round():

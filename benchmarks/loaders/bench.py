@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import json
 import os
 import signal
@@ -18,7 +17,7 @@ from ast_dist.data.index import Index
 from benchmarks.loaders.data import copy_images, once, shard_set
 from benchmarks.loaders.limits import best_decoder
 from benchmarks.loaders.rows import DECODE_LIMIT, Result, Task, all_rows
-from benchmarks.loaders.source import Job
+from benchmarks.loaders.source import Job, is_installed
 from benchmarks.result import ROOT
 
 RESIZED_PX = (256, 288)
@@ -230,19 +229,11 @@ class Bench:
 
 def reason_against(contender: Contender) -> str | None:
     """Why a loader cannot be measured here, or None."""
-    if not _is_installed(contender.package):
+    if not is_installed(contender.package):
         return f"{contender.package} is not installed: pip install 'ast-dist[{contender.extra}]'"
     if contender.module == "ours" and contender.decoder not in get_args(get_type_hints(DataConfig)["decoder"]):
         return f"data.decoder does not know {contender.decoder}"
     return None
-
-
-def _is_installed(package: str) -> bool:
-    """Whether a package, or one below another, can be found; it is not imported."""
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:
-        return False
 
 
 def _shown(value: Any) -> str:

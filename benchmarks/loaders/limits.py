@@ -1,6 +1,5 @@
 """What no loader can beat: reading the bytes, and decoding whole images with libjpeg-turbo."""
 
-import importlib.util
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
@@ -11,7 +10,7 @@ import torch
 from ast_dist.data.index import Index
 from ast_dist.data.order import epoch_order
 from ast_dist.data.read import Reader
-from benchmarks.loaders.source import SEED, Batches, Job, Source
+from benchmarks.loaders.source import SEED, Batches, Job, Source, is_installed
 
 _HELD_IMAGES = 2000  # the bytes that decoding works on are held in memory
 _AHEAD = 8
@@ -39,7 +38,7 @@ def open_source(job: Job) -> Source:
 
 def best_decoder() -> str:
     """simplejpeg, a thin layer over libjpeg-turbo, where it is installed; torchvision's decode_jpeg otherwise."""
-    return "simplejpeg" if importlib.util.find_spec("simplejpeg") else "torchvision"
+    return "simplejpeg" if is_installed("simplejpeg") else "torchvision"
 
 
 def _ahead(pool: ThreadPoolExecutor, work: Callable[[Any], Any], batches: Iterable[Any]) -> Iterator[int]:

@@ -1,5 +1,6 @@
 """What is measured (a job), and what every loader gives back (a source of batches)."""
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,14 @@ class Source:
     resume_method: str
     state: Callable[[], Any] | None = None
     close: Callable[[], None] = field(default=lambda: None)
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package, or one below another, can be found; it is not imported."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False
 
 
 def shard_names(job: Job) -> list[str]:
