@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from ast_dist.data.index import Index
-from benchmarks import tables
+from ast_dist.errors import UserError
+from benchmarks import loader, tables
 from benchmarks.gpu_loader import WAYS, decoding
 from benchmarks.images import make_images
 from benchmarks.loaders import run
@@ -154,6 +155,16 @@ def test_a_missing_peer_is_named_with_what_installs_it():
     assert reason_against(CONTENDERS[0]) is None
 
 
+def test_a_work_folder_of_other_images_is_refused(job, tmp_path):
+    make_images(tmp_path / "made", 8, 48, 64, num_classes=2)
+    copies, count = copy_images(tmp_path / "made", tmp_path / "work", 16)
+    assert count == len(list(copies.glob("*/*"))) == 16
+    assert copy_images(tmp_path / "made", tmp_path / "work", 16) == (copies, count)
+    for images, at_least in ((tmp_path / "made", 24), (Path(job.paths["images"]), 16)):
+        with pytest.raises(UserError, match=r"2 × 8 files of .*but . × "):
+            copy_images(images, tmp_path / "work", at_least)
+
+
 def benchmark(*arguments: str) -> "subprocess.CompletedProcess[str]":
     command = [sys.executable, "-m", "benchmarks.loader", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -187,9 +198,6 @@ def test_the_command_leaves_rows_and_prints_their_tables(job, tmp_path):
     ],
 )
 def test_bad_arguments_are_one_line_before_anything_is_written(tmp_path, arguments, says):
-    from ast_dist.errors import UserError
-    from benchmarks import loader
-
     with pytest.raises(UserError, match=says) as caught:
         loader.main([*arguments, "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")])
     assert "\n" not in str(caught.value)

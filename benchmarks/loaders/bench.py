@@ -84,7 +84,6 @@ class Bench:
 
     def __init__(self, settings: Settings, images: Path, work: Path) -> None:
         self._settings = settings
-        work.mkdir(parents=True, exist_ok=True)
         self._folder = work
         copies, count = copy_images(images, work, settings.epoch_images)
         index = shard_set(copies, work / "shards")
@@ -175,9 +174,9 @@ class Bench:
         job = {"module": "ours", "decoder": best.decoder}
         keep = {**job, "mode": "keep", "keep_rate": KEEP_RATE}
         tasks = [Task("loader_keep", best.name, "uint8", (keep,), {"keep_rate": KEEP_RATE})]
-        source, _ = copy_images(images, self._folder / "originals", at_least=1)
+        source, _ = copy_images(images, self._folder / "resized", at_least=1)
         for short_px in RESIZED_PX:
-            resized = shard_set(source, self._folder / f"shards-{short_px}", short_px)
+            resized = shard_set(source, self._folder / "resized" / f"shards-{short_px}", short_px)
             bytes_ratio = float(resized.size.mean()) / float(index.size.mean())
             about = {"short_side_px": short_px, "bytes_ratio": bytes_ratio}
             paths = {**self._common.paths, "shards": str(resized.root)}

@@ -19,7 +19,7 @@ def copy_images(images: Path, folder: Path, at_least: int) -> tuple[Path, int]:
 
     images: one folder per class, or its parent with a folder train. Copies are real ones: links would leave the
     bytes in the processor's cache, which no training set fits. Returns folder/images and the number of files in it.
-    Raises UserError when there are no images.
+    Raises UserError when there are no images, or when `folder` holds copies of others, or another number of them.
     """
     root = images / "train" if (images / "train").is_dir() else images
     files = sorted(path for path in root.glob("*/*") if path.is_file()) if root.is_dir() else []
@@ -33,8 +33,13 @@ def copy_images(images: Path, folder: Path, at_least: int) -> tuple[Path, int]:
             for copy in range(copies):
                 shutil.copyfile(path, target / path.parent.name / f"{copy:03d}-{path.name}")
 
-    made = once(folder / "images", make)
-    return made, sum(1 for _ in made.glob("*/*"))
+    said = f"{copies} × {len(files)} files of {root.resolve()}"
+    note = folder / "images.txt"
+    if note.is_file() and (held := note.read_text(encoding="utf-8")) != said:
+        raise UserError(f"{folder}: holds copies already ({held}), but {said} are asked for. Choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    note.write_text(said, encoding="utf-8")
+    return once(folder / "images", make), copies * len(files)
 
 
 def shard_set(images: Path, folder: Path, resize_short: int | None = None) -> Index:
