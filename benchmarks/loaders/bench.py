@@ -104,6 +104,7 @@ class Bench:
             warmup_s=settings.warmup_s,
             start_batch=0,
         )
+        self._states: dict[str, Any] = {}
         self._skipped: list[dict[str, Any]] = []
         self._tasks: list[Task] = []
         chosen = [contender for contender in CONTENDERS if self._is_chosen(contender)]
@@ -150,7 +151,9 @@ class Bench:
             paths[contender.format] = str(folder)
         resume = {**about, "mode": "resume", "paths": paths, "start_batch": half}
         if contender.saves:
-            resume["state"] = self._must_run({**resume, "mode": "save"}, paths)["state"]
+            if contender.module not in self._states:  # what decodes has no part in it
+                self._states[contender.module] = self._must_run({**resume, "mode": "save"}, paths)["state"]
+            resume["state"] = self._states[contender.module]
         tasks = []
         for output in self._settings.outputs:
             jobs = [{**about, "output": output, "paths": paths}]
