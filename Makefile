@@ -6,7 +6,7 @@ READY := .venv/ready
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-faults lint format bench tables clean
+.PHONY: help install demo test test-faults lint format bench bench-loader tables clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -42,9 +42,19 @@ format: $(READY) ## Format the code and mend what ruff can mend.
 bench: $(READY) ## Measure this machine; results land in benchmarks/results.
 	$(PY) -m benchmarks.gpu $(ARGS)
 
+# The peers' pins hold numpy and others back, so they get an environment of their own.
+.venv-bench/ready: setup.cfg pyproject.toml
+	$(PYTHON) -m venv --clear .venv-bench
+	.venv-bench/bin/python -m pip install --disable-pip-version-check --progress-bar off --editable '.[bench,dali]'
+	@touch $@
+
+bench-loader: .venv-bench/ready ## Measure loaders side by side; IMAGES=… holds one folder of JPEGs per class.
+	@test -n "$(IMAGES)" || { echo "IMAGES is missing: make bench-loader IMAGES=PATH/TO/IMAGES"; exit 2; }
+	.venv-bench/bin/python -m benchmarks.loader $(IMAGES) $(ARGS)
+
 tables: $(READY) ## Write the tables of README from benchmarks/results.
 	$(PY) -m benchmarks.tables $(ARGS)
 
-clean: ## Remove what builds, tests and linters left; .venv and runs stay.
+clean: ## Remove what builds, tests and linters left; .venv, .venv-bench and runs stay.
 	rm -rf build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache .import_linter_cache
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*/*' -prune -exec rm -rf {} +

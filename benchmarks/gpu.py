@@ -1,8 +1,9 @@
 """What a machine with a GPU does with this package: `python -m benchmarks.gpu`.
 
 Measures at world size 1 under NCCL, most worth knowing first, and leaves out what no longer fits into the budget:
-the training step alone, exact resume, a checkpoint's stall, training from shards, other batch sizes, compiled, the
-gate's work per epoch. Needs no network and no data. Rows land in DIR/gpu.json as they are measured; tables come last.
+the training step alone, exact resume, a checkpoint's stall, training from shards, decoding on the GPU, other batch
+sizes, compiled, the gate's work per epoch. Needs no network and no data. Rows land in DIR/gpu.json as they are
+measured; tables come last.
 
 On a CPU, or with --toy, the same runs at toy size as a test of itself, into DIR/gpu-toy.json: its figures mean nothing.
 """
@@ -26,6 +27,7 @@ from benchmarks import tables
 from benchmarks.checkpoint_stall import checkpoint_stall
 from benchmarks.end_to_end import end_to_end
 from benchmarks.exact_resume import exact_resume
+from benchmarks.gpu_loader import WAYS, Way, gpu_loader
 from benchmarks.images import make_shard_set
 from benchmarks.result import RESULTS, ResultFile, measured
 from benchmarks.timing import copy_gb_per_s, datasheet_tflops, matmul_tflops
@@ -85,7 +87,7 @@ _GPU = Scale(
     observed_steps=100,
     saves=7,
     expected_s={"ceilings": 20, "training_step": 45, "exact_resume": 120, "checkpoint_stall": 40, "end_to_end": 60}
-    | {"compiled": 150, "gate_per_epoch": 15},
+    | {"compiled": 150, "gate_per_epoch": 15, "gpu_loader": 25},
 )
 _TOY = Scale(
     budget_minutes=1.0,
@@ -98,7 +100,7 @@ _TOY = Scale(
     observed_steps=5,
     saves=3,
     expected_s={"ceilings": 3, "training_step": 2, "exact_resume": 15, "checkpoint_stall": 3, "end_to_end": 5}
-    | {"compiled": 45, "gate_per_epoch": 1},
+    | {"compiled": 45, "gate_per_epoch": 1, "gpu_loader": 5},
 )
 
 
@@ -147,6 +149,8 @@ class Bench:
         self.budget = budget
         self.folder = folder
         self.peak = Peak(0.0, "none")
+        # Of the first training step that was measured: what a loader has to outrun.
+        self.training_images_per_s: float | None = None
         self._shards: tuple[Index, Index] | None = None
 
     def tasks(self) -> list[Task]:
@@ -158,6 +162,7 @@ class Bench:
             Task("exact_resume", self._exact_resume, {"model": self.scale.workload.model}),
             Task("checkpoint_stall", self._checkpoint_stall, {"model": self.scale.workload.model}),
             Task("end_to_end", self._end_to_end, {"model": self.scale.workload.model, "batch_size": first}),
+            *(self._loader_task(way, first) for way in WAYS),
             *(self._step_task(batch_size) for batch_size in others),
             Task("gate_per_epoch", self._gate_per_epoch, {}),
             self._step_task(first, compiled=True),
@@ -167,13 +172,30 @@ class Bench:
         scale = self.scale
 
         def run() -> dict[str, Any]:
-            return training_step(
+            row = training_step(
                 self.world, scale.workload, batch_size, compiled=compiled, peak=self.peak, target_s=scale.target_s
             )
+            if self.training_images_per_s is None:
+                self.training_images_per_s = row["images_per_s"]
+            return row
 
         about = {"model": scale.workload.model, "batch_size": batch_size, "compiled": compiled}
         kind = "compiled" if compiled else "training_step"
         return Task("training_step", run, about, kind, max(1.0, batch_size / scale.batch_sizes[0]))
+
+    def _loader_task(self, way: Way, batch_size: int) -> Task:
+        def run() -> dict[str, Any]:
+            return gpu_loader(
+                self.world.device,
+                way,
+                self._shard_set()[0],
+                batch_size=batch_size,
+                image_px=self.scale.workload.image_px,
+                target_s=self.scale.target_s,
+                training_images_per_s=self.training_images_per_s,
+            )
+
+        return Task("gpu_loader", run, {"way": way.name, "cores": way.cores, "batch_size": batch_size})
 
     def _ceilings(self) -> dict[str, Any]:
         measured_tflops = matmul_tflops(self.world.device)

@@ -41,6 +41,11 @@ class ResultFile:
         self.rows.append({key: rounded(value) for key, value in row.items()})
         write_result(self.path, self.content)
 
+    def replace(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Put rows in the place of those so far, where later rounds change earlier figures."""
+        self.content["rows"] = [{key: rounded(value) for key, value in row.items()} for row in rows]
+        write_result(self.path, self.content)
+
 
 def load(path: Path) -> dict[str, Any]:
     """Read a result file. Raises OSError or ValueError when it cannot be read."""

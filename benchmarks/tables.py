@@ -62,6 +62,10 @@ def _percent(value: Any) -> str:
     return f"{percent:.0f} %" if percent >= 10 else f"{percent:.1f} %"
 
 
+def _ratio(value: Any) -> str:
+    return f"{value:.2f}"
+
+
 def _yes(value: Any) -> str:
     return "yes" if value else "no"
 
@@ -95,6 +99,18 @@ TABLES: dict[str, Table] = {
             Column("images/s", "images_per_s", _count),
             Column("waiting for data", "data_wait", _percent),
             Column("loader alone, images/s", "decode_images_per_s", _count),
+        ),
+    ),
+    "gpu-loader": Table(
+        "gpu",
+        "gpu_loader",
+        (
+            Column("decoding", "way", _text),
+            Column("CPU cores", "cores", _count),
+            Column("batch", "batch_size", _count),
+            Column("images/s", "images_per_s", _count),
+            Column("× training", "times_training", _decimal),
+            Column("CPU, ms an image", "cpu_ms_per_image", _ratio),
         ),
     ),
     "gpu-resume": Table(
@@ -172,6 +188,69 @@ TABLES: dict[str, Table] = {
             Column("gate, ms", "gate_ms", _decimal),
             Column("gate, share of step", "gate_share", _percent),
             Column("all-reduce, bytes", "all_reduce_bytes", _count),
+        ),
+    ),
+    "loader": Table(
+        "loader",
+        "loader",
+        (
+            Column("loader", "loader", _text),
+            Column("output", "output", _text),
+            Column("images/s", "images_per_s", _count),
+            Column("× ImageFolder", "ratio_to_imagefolder", _ratio),
+            Column("CPU, ms an image", "cpu_ms_per_image", _ratio),
+            Column("× ImageFolder by CPU", "cpu_ratio_to_imagefolder", _ratio),
+            Column("of the decode limit", "share_of_decode_limit", _percent),
+            Column("first batch, s", "first_batch_s", _ratio),
+            Column("resume, s", "resume_s", _ratio),
+            Column("resumes by", "resume_method", _text),
+            Column("memory, MB", "pss_mb", _count),
+        ),
+    ),
+    "loader-limits": Table(
+        "loader",
+        "loader_limit",
+        (
+            Column("limit", "loader", _text),
+            Column("decoder", "decoder", _text),
+            Column("images/s", "images_per_s", _count),
+            Column("CPU, ms an image", "cpu_ms_per_image", lambda value: f"{value:.3g}"),
+        ),
+    ),
+    "loader-keep": Table(
+        "loader",
+        "loader_keep",
+        (
+            Column("loader", "loader", _text),
+            Column("keep rate", "keep_rate", _percent),
+            Column("full epoch, s", "full_epoch_s", _ratio),
+            Column("epoch, s", "epoch_s", _ratio),
+            Column("time, of the full epoch's", "wall_ratio", _percent),
+            Column("CPU, of the full epoch's", "cpu_ratio", _percent),
+        ),
+    ),
+    "loader-resized": Table(
+        "loader",
+        "loader_resized",
+        (
+            Column("short side, px", "short_side_px", _count),
+            Column("bytes, of the originals'", "bytes_ratio", _percent),
+            Column("loader", "loader", _text),
+            Column("output", "output", _text),
+            Column("images/s", "images_per_s", _count),
+            Column("× originals", "ratio_to_original", _ratio),
+            Column("CPU, ms an image", "cpu_ms_per_image", _ratio),
+        ),
+    ),
+    "loader-workers": Table(
+        "loader",
+        "loader_workers",
+        (
+            Column("torch decoder in", "loader", _text),
+            Column("images/s", "images_per_s", _count),
+            Column("CPU, ms an image", "cpu_ms_per_image", _ratio),
+            Column("first batch, s", "first_batch_s", _ratio),
+            Column("memory, MB", "pss_mb", _count),
         ),
     ),
     "cifar10-parts": Table(

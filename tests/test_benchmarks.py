@@ -57,11 +57,13 @@ def test_every_measure_has_a_row_with_its_figures(toy):
         "exact_resume": {"identical", "sha256", "sha256_resumed", "resumed_from_step"},
         "checkpoint_stall": {"stall_ms", "merge_ms", "write_ms", "commit_ms", "checkpoint_mb"},
         "end_to_end": {"images_per_s", "data_wait", "decode_images_per_s", "threads", "jpeg_kb"},
+        "gpu_loader": {"way", "cores", "images_per_s", "cpu_ms_per_image", "times_training"},
         "gate_per_epoch": {"order_ms", "plan_ms", "merge_ms"},
     }
     for measure, keys in figures.items():
         first = rows_of(content, measure)[0]
         assert keys <= first.keys(), measure
+    assert len(rows_of(content, "gpu_loader")) == 4
     step, loaded = rows_of(content, "training_step")[0], rows_of(content, "end_to_end")[0]
     assert 0 < step["mfu"] < 1 and 0 < step["gate_share"] < 1
     assert step["images_per_s"] == pytest.approx(1000 * step["batch_size"] / step["step_ms"], rel=0.01)
