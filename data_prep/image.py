@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_prep.header import read_header
+from ast_dist.data.header import exif_orientation, image_header, image_kind
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -19,7 +19,7 @@ JPEG_QUALITY = 95
 # What files of images end in; what is inside decides how they are stored.
 SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
-_ORIENTATION_TAG = 0x0112
+_EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 # What Pillow may open. It knows more formats, but some start other programs, and none is one of photographs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 
@@ -66,21 +66,23 @@ def store_image(
     if not data:
         raise DamagedImage("empty file")
     rewritten: list[str] = []
-    header = read_header(data)
-    if header.kind == "other":
-        data = _as_png(data)
-        header = read_header(data)
+    kind = image_kind(data)
+    if kind == "other":
+        data, kind = _as_png(data), "png"
         rewritten.append("as PNG")
-    extension: str = header.kind
-    turn = _orientation(data) if header.has_exif else 0
-    is_cmyk = header.kind == "jpg" and header.channels == 4
-    is_wide = header.kind == "png" and header.bits == 16
-    is_large = resize_short is not None and not 0 < min(header.height, header.width) <= resize_short
+    extension = _EXTENSIONS[kind]
+    try:
+        header = image_header(data)
+    except ValueError as error:
+        if decode:
+            decode_rgb(data)  # says more of what is wrong
+        raise DamagedImage(str(error)) from None
+    turn = exif_orientation(data, kind)
+    is_cmyk = kind == "jpeg" and header.components == 4
+    is_wide = kind == "png" and header.bits == 16
+    is_large = resize_short is not None and min(header.height, header.width) > resize_short
     if not (decode or turn or is_large or is_cmyk or is_wide):
-        height, width = header.height, header.width
-        if not (height and width):
-            height, width = _size_in_header(data)
-        return StoredImage(data, extension, height, width, " and ".join(rewritten))
+        return StoredImage(data, extension, header.height, header.width, " and ".join(rewritten))
 
     source = pixels = decode_rgb(data)
     if pixels.dtype != np.uint8:
@@ -120,16 +122,6 @@ def decode_rgb(data: bytes) -> np.ndarray:
     if pixels.ndim != 3:
         raise DamagedImage(f"{pixels.shape[0]} pictures in one file")
     return pixels.permute(1, 2, 0).numpy()
-
-
-def _orientation(data: bytes) -> int:
-    """The turn that EXIF data ask for: 2 … 8, or 0 for none."""
-    try:
-        with _quiet():
-            value = _open(data).getexif().get(_ORIENTATION_TAG)
-    except Exception:  # noqa: BLE001 - Pillow's EXIF parser fails in many ways; decoders then ignore EXIF, so do we
-        return 0
-    return value if isinstance(value, int) and 2 <= value <= 8 else 0
 
 
 def _upright(pixels: np.ndarray, orientation: int) -> np.ndarray:
@@ -177,15 +169,6 @@ def _as_png(data: bytes) -> bytes:
     except Exception as error:  # noqa: BLE001 - what Pillow raises for a broken file depends on its format
         raise DamagedImage(_first_line(error)) from None
     return buffer.getvalue()
-
-
-def _size_in_header(data: bytes) -> tuple[int, int]:
-    try:
-        with _quiet():
-            width, height = _open(data).size
-    except Exception as error:  # noqa: BLE001 - as above
-        raise DamagedImage(_first_line(error)) from None
-    return height, width
 
 
 def _open(data: bytes) -> "Image.Image":

@@ -208,7 +208,7 @@ def test_a_plan_that_would_differ_from_the_saved_one_is_refused() -> None:
     state.plan = state.gate.plan(0, epoch_order(NUM_SAMPLES, 0, 0))
     saved = state.state_dict(0)
     other = fresh_state()
-    other.seed = 5
+    other.orders = Orders(np.array([NUM_SAMPLES]), seed=5)
     with pytest.raises(RuntimeError, match="the plan of epoch 0"):
         other.load_state_dict(join(*split(saved)), rank=0)
     assert np.array_equal(np.sort(state.plan.ids), np.arange(NUM_SAMPLES))

@@ -1,4 +1,4 @@
-"""data_prep.image and data_prep.header: what is stored of an image, by what is inside it."""
+"""data_prep.image: what is stored of an image, by what is inside it."""
 
 import io
 import tarfile
@@ -6,13 +6,10 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image, ImageOps
 from torchvision.io import ImageReadMode, decode_image
 
 from data_prep import make_shards
-from data_prep.header import read_header
 from data_prep.image import DamagedImage, store_image
 
 
@@ -111,26 +108,6 @@ def test_what_only_pillow_knows_by_its_content_is_not_opened_by_other_programs(n
     # Pillow would hand PostScript to Ghostscript.
     with pytest.raises(DamagedImage, match="cannot identify image file"):
         store_image(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n", decode=False)
-
-
-@given(st.integers(1, 300), st.integers(1, 300), st.sampled_from(["RGB", "L", "CMYK"]), st.booleans(), st.booleans())
-def test_the_header_says_what_pillow_says(height, width, mode, progressive, with_exif):
-    buffer, exif = io.BytesIO(), Image.Exif()
-    exif[0x0112] = 3
-    image = Image.new(mode, (width, height))
-    options = {"exif": exif} if with_exif else {}
-    image.save(buffer, "JPEG", progressive=progressive, **options, comment=b"\xff\xc0\xff\xda" * 9)
-    header = read_header(buffer.getvalue())
-    assert header == ("jpg", height, width, len(image.getbands()), 8, with_exif)
-
-
-@given(st.binary(max_size=60), st.integers(0, 700))
-def test_a_header_that_is_cut_or_damaged_has_no_size_or_the_right_one(noise, cut):
-    whole = encoded(pixels(0))
-    for data in (noise, whole[:2] + noise, whole[:cut], whole[:cut] + noise, encoded(pixels(0), "PNG")[: cut % 60]):
-        read_header(data)  # never fails
-    header = read_header(whole[:cut])
-    assert (header.height, header.width) in {(0, 0), (20, 28)}
 
 
 @pytest.mark.parametrize("kind", ["BMP", "PPM", "TIFF"])

@@ -31,10 +31,22 @@ class Header(NamedTuple):
 
     height: int
     width: int
-    kind: Literal["jpeg", "png", "webp", "other"]
+    kind: "Kind"
     components: int
     bits: int
     adobe_transform: int | None = None
+
+
+Kind = Literal["jpeg", "png", "webp", "other"]
+
+
+def image_kind(data: bytes) -> Kind:
+    """The format of an encoded image by how it begins; "other" is what only Pillow may know."""
+    if data[:3] == b"\xff\xd8\xff":
+        return "jpeg"
+    if data[:8] == _PNG_START:
+        return "png"
+    return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else "other"
 
 
 def image_header(data: bytes) -> Header:
@@ -44,14 +56,7 @@ def image_header(data: bytes) -> Header:
     image that ends before its size is stated.
     """
     try:
-        if data[:3] == b"\xff\xd8\xff":
-            header = _jpeg(data)
-        elif data[:8] == _PNG_START:
-            header = _png(data)
-        elif data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-            header = _webp(data)
-        else:
-            header = _other(data)
+        header = {"jpeg": _jpeg, "png": _png, "webp": _webp, "other": _other}[image_kind(data)](data)
     except IndexError:
         raise ValueError(f"ends inside its header, after {len(data):,} bytes") from None
     if not (header.height and header.width):
