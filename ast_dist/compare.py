@@ -28,7 +28,7 @@ from ast_dist.command_line import parse
 from ast_dist.compare_budget import Prediction, predict, settings_at_cost
 from ast_dist.compare_jobs import Jobs, Run, RunFailed, RunPaused
 from ast_dist.config import Config, differences
-from ast_dist.data.index import Index
+from ast_dist.data.remote import open_index
 from ast_dist.errors import UserError, run_command
 from ast_dist.fault.lease import Lease
 from ast_dist.preflight import check_data
@@ -188,7 +188,7 @@ def plan(arguments: Arguments) -> Comparison:
     _, base = training("--run-dir", str(folder), "--gate.policy", "full")
     if base.dry_run:
         raise UserError("dry_run: a comparison sets this for each of its runs. Use --dry-run.")
-    train, val = Index.open(base.data.train), Index.open(base.data.val)
+    train, val = open_index(base.data.train, base.data), open_index(base.data.val, base.data)
     check_data(base, train, val, arguments.processes)
     at_seed_0 = []
     for policy, rate in arguments.cells:

@@ -24,11 +24,13 @@ def _require_share(name: str, value: float) -> None:
 @dataclass(frozen=True)
 class DataConfig:
     train: str = ""
-    """Folder of the training shards (it holds manifest.json)."""
+    """Folder or URL (s3://, gs://, hf://, https://) of the training shards (it holds manifest.json)."""
     val: str = ""
-    """Folder of the validation shards."""
-    decoder: Literal["auto", "torch"] = "auto"
-    """What decodes images; auto takes the fastest that works here and says which."""
+    """Folder or URL of the validation shards."""
+    decoder: Literal["auto", "dali", "torch"] = "auto"
+    """What decodes images: NVIDIA DALI or torchvision; auto takes the best that works here and says which."""
+    shuffle_block_shards: int = -1
+    """Shards that are shuffled at a time, 0 for all; -1 takes 8 behind a URL or above 16 million samples, else 0."""
     cache: Literal["auto", "ram", "none"] = "auto"
     """Keep decoded uint8 images in memory after the first pass: auto does so when they fit in cache_mb."""
     cache_mb: int = 2048
@@ -67,6 +69,10 @@ class DataConfig:
     """Decoding threads per rank; 0 shares the host's cores among its ranks."""
     prefetch_batches: int = 4
     """Batches read and decoded ahead of the step."""
+    shard_cache_gb: float = 20.0
+    """Disk space that fetched shards may take on each host, GB; the least recently used ones make room."""
+    shard_cache_dir: str = ""
+    """Folder of fetched shards, on a local disk; unless given, ast_dist in the user's cache folder."""
     damaged_limit: float = 0.0001
     """Share of an epoch's samples (and at least one) that may fail to decode before the run stops with their list."""
 
@@ -74,9 +80,16 @@ class DataConfig:
         _require(self.image_size >= 1, f"data.image_size is {self.image_size}, but must be at least 1 pixel.")
         _require(0.0 < self.crop_scale_min <= 1.0, f"data.crop_scale_min is {self.crop_scale_min:g}, not in (0, 1].")
         _require(0.0 < self.val_crop_ratio <= 1.0, f"data.val_crop_ratio is {self.val_crop_ratio:g}, not in (0, 1].")
+        _require(
+            self.shuffle_block_shards >= -1,
+            f"data.shuffle_block_shards is {self.shuffle_block_shards}, but must be at least -1 (-1 = automatic).",
+        )
         _require(self.crop_pad_px >= 0, f"data.crop_pad_px is {self.crop_pad_px}, but must be at least 0.")
         _require(self.threads >= 0, f"data.threads is {self.threads}, but must be at least 0 (0 = automatic).")
         _require(self.prefetch_batches >= 1, f"data.prefetch_batches is {self.prefetch_batches}, must be at least 1.")
+        _require(
+            0.0 < self.shard_cache_gb < math.inf, f"data.shard_cache_gb is {self.shard_cache_gb:g}, must be above 0."
+        )
         _require(all(s > 0 for s in self.std), f"data.std is {self.std}, but every value must be above 0.")
         _require_share("data.damaged_limit", self.damaged_limit)
         self._require_augmentation()
@@ -351,7 +364,10 @@ class Config:
     def __post_init__(self) -> None:
         _require(bool(self.run_dir), "--run-dir is missing. Name the folder of the run, for instance --run-dir runs/1.")
         for name in ("train", "val"):
-            _require(bool(getattr(self.data, name)), f"--data.{name} is missing. Name the folder of the {name} shards.")
+            _require(
+                bool(getattr(self.data, name)),
+                f"--data.{name} is missing. Name the folder or URL of its shards.",
+            )
         mixes = max(self.optim.mixup_alpha, self.optim.cutmix_alpha) > 0
         _require(
             not (mixes and self.optim.mix_share == 1.0 and self.gate.policy in REMEMBERING_POLICIES),
@@ -364,6 +380,7 @@ class Config:
 FREE_BETWEEN_SESSIONS = {
     *("run_dir", "preset", "config", "resume", "dry_run", "checkpoint", "session", "track"),
     *("data.train", "data.val", "data.cache", "data.cache_mb", "data.threads", "data.prefetch_batches"),
+    *("data.shard_cache_gb", "data.shard_cache_dir"),
     *("data.decoder", "data.damaged_limit", "loop.eval_every_epochs"),
 }
 

@@ -17,6 +17,8 @@ from ast_dist.errors import UserError
 _TIMEOUT = timedelta(minutes=10)
 _GLOO_THREADS = 4
 _CPU = torch.device("cpu")
+# torch 2.14 renamed it, and warns of the old name.
+_all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _Result = TypeVar("_Result")
 
 
@@ -167,9 +169,7 @@ class World:
         values: (n,), n the same on every rank. The result is (size · n,), in order of rank.
         """
         gathered = values.new_empty(self.size * len(values))
-        # torch 2.14 gave it another name, and warns of the old one.
-        gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-        return Later(gather(gathered, values, async_op=True), gathered, values)
+        return Later(_all_gather_single(gathered, values, async_op=True), gathered, values)
 
     def exchange_rows(self, rows: Tensor, send_counts: list[int], receive_counts: list[int]) -> Tensor:
         """Send rows to other ranks and receive theirs. All ranks must call.
@@ -180,7 +180,7 @@ class World:
         if self.size == 1:
             return rows
         received = rows.new_empty((sum(receive_counts), *rows.shape[1:]))
-        dist.all_to_all_single(received, rows, receive_counts, send_counts)
+        dist.all_to_all_single(received, rows.contiguous(), receive_counts, send_counts)
         return received
 
     def broadcast_buffers(self, module: torch.nn.Module) -> None:

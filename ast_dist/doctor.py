@@ -199,9 +199,17 @@ def probe_dali() -> Iterator[Check]:
     if not installed:
         yield Check("DALI", "ok", "not installed (optional): torchvision decodes")
         return
+    import torch
     from nvidia import dali
 
-    yield Check("DALI", "ok", f"{dali.__version__} ({installed[0]})")
+    from ast_dist.data.decode_dali import DaliBatchDecoder, DaliCpuDecoder
+
+    DaliCpuDecoder().try_out()
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        DaliBatchDecoder(torch.device("cuda", 0), threads=1).try_out()
+    decoded = f"decoded a JPEG on the {'CPU and on GPU 0' if on_gpu else 'CPU'}"
+    yield Check("DALI", "ok", f"{dali.__version__} ({installed[0]}), {decoded}")
 
 
 def probe_webdataset() -> Iterator[Check]:

@@ -14,6 +14,10 @@ class UserError(ValueError):
     """
 
 
+class RankError(UserError):
+    """A UserError that one rank may meet alone, in the middle of a run: whoever meets it prints it."""
+
+
 def described(error: BaseException) -> str:
     """An error's type and message in one line."""
     text = " ".join(str(error).split())
@@ -23,7 +27,7 @@ def described(error: BaseException) -> str:
 def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None = None) -> int:
     """Run `main(argv)` and return its exit code: 2 with one line on stderr for a UserError, 130 for Ctrl-C.
 
-    Under torchrun only local rank 0 prints, since every rank finds the same fault in the same input.
+    Under torchrun only local rank 0 prints, since every rank finds the same fault in the same input (but a RankError).
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -31,7 +35,7 @@ def run_command(main: Callable[[list[str]], int | None], argv: list[str] | None 
     try:
         return main(sys.argv[1:] if argv is None else argv) or 0
     except UserError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except BrokenPipeError:

@@ -88,9 +88,13 @@ class Normalize:
         self._scale = 1.0 / (torch.tensor(config.std, device=device).view(1, 3, 1, 1) * 255.0)
         self._format = torch.channels_last if channels_last else torch.contiguous_format
 
-    def __call__(self, images: Tensor) -> Tensor:
-        """images: (n, 3, H, W) uint8. Returns (n, 3, H, W) float32 with the configured mean and std taken out."""
-        return ((images.float() - self._mean) * self._scale).contiguous(memory_format=self._format)
+    def __call__(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """images: (n, 3, H, W) uint8. Returns (n, 3, H, W) of `dtype` with the configured mean and std taken out.
+
+        Half precision is rounded from float32, as autocast does it before a model's first convolution.
+        """
+        floats = images.to(torch.float32, memory_format=self._format, copy=True)
+        return floats.sub_(self._mean).mul_(self._scale).to(dtype)
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer:

@@ -127,7 +127,7 @@ class Gate:
                 f"start_batch is {start_batch} batches of {self._global_batch_size} samples over all processes, but "
                 f"batch_size {batch_size} × {self._world.size} processes is {global_batch_size}: keep their product."
             )
-        batches = RankBatches(self._plan.ids, batch_size, self._world.rank, self._world.size, start_batch)
+        batches = RankBatches(np.asarray(self._plan.ids), batch_size, self._world.rank, self._world.size, start_batch)
         begin = functools.partial(self._begin, epoch, global_batch_size, self._world.size)
         return GateLoader(dataset, batches, (self.seed, epoch), options, begin, self.merge)
 

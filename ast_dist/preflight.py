@@ -1,15 +1,28 @@
 """What is judged before anything is written: configuration and data against each other."""
 
+import dataclasses
+
 import torch
 
 from ast_dist.config import Config
 from ast_dist.data.cache import make_cache
 from ast_dist.data.index import Index
-from ast_dist.data.order import epoch_order
+from ast_dist.data.order import LARGEST_WHOLE_ORDER, Orders
 from ast_dist.errors import UserError
 from ast_dist.gate.policy import PolicySetup, checked_plan
 from ast_dist.gate.registry import make_policy
 from ast_dist.model import build_model
+
+_BLOCK_SHARDS = 8
+
+
+def with_block_shards(config: Config, train: Index) -> Config:
+    """The configuration with `data.shuffle_block_shards` settled: a run's record must hold what it trains by."""
+    if config.data.shuffle_block_shards >= 0:
+        return config
+    needs_blocks = train.is_remote or train.num_samples > LARGEST_WHOLE_ORDER
+    data = dataclasses.replace(config.data, shuffle_block_shards=_BLOCK_SHARDS if needs_blocks else 0)
+    return dataclasses.replace(config, data=data)
 
 
 def check_data(config: Config, train: Index, val: Index, world_size: int) -> int:
@@ -27,13 +40,13 @@ def check_data(config: Config, train: Index, val: Index, world_size: int) -> int
     num_classes = config.model.num_classes or train.num_classes
     for name, index in (("train", train), ("val", val)):
         if index.num_samples == 0:
-            raise UserError(f"--data.{name} {index.root}: holds no samples.")
+            raise UserError(f"--data.{name} {index.location}: holds no samples.")
         lowest, highest = int(index.label.argmin()), int(index.label.argmax())
         worst = lowest if index.label[lowest] < 0 else highest
         label = int(index.label[worst])
         if not 0 <= label < num_classes:
             raise UserError(
-                f"--data.{name} {index.root}: sample {index.key(worst)} has label {label}, but the model has "
+                f"--data.{name} {index.location}: sample {index.key(worst)} has label {label}, but the model has "
                 f"{num_classes} classes (0 … {num_classes - 1}). Set --model.num-classes {index.num_classes} or 0."
             )
         make_cache(index, config.data)  # raises where the set does not fit; memory is reserved, not taken
@@ -48,7 +61,7 @@ def check_data(config: Config, train: Index, val: Index, world_size: int) -> int
         raise UserError("loop.precision is fp16, which is for GPUs, and torch sees none. Use bf16 or fp32.")
     policy = make_policy(PolicySetup.of_run(config, train.num_samples, train.label))
     if ":" in config.gate.policy:  # ours are tested; one of the user's own is tried before anything is written
-        checked_plan(policy, 0, epoch_order(train.num_samples, config.seed, 0))
+        checked_plan(policy, 0, Orders(train.shard_sizes, config.seed, config.data.shuffle_block_shards).of(0))
     _check_model(config, num_classes)
     return num_classes
 
@@ -82,8 +95,8 @@ def print_dry_run(config: Config, train: Index, val: Index) -> None:
     rates = [policy.target_rate(epoch) for epoch in range(policy.epochs)]
     trained = round(sum(rates) * train.num_samples)
     full = config.loop.epochs * train.num_samples
-    print(f"train      {train.num_samples:,} samples, {train.num_classes} classes, {train.root}")
-    print(f"val        {val.num_samples:,} samples, {val.root}")
+    print(f"train      {train.num_samples:,} samples, {train.num_classes} classes, {train.location}")
+    print(f"val        {val.num_samples:,} samples, {val.location}")
     print(f"policy     {config.gate.policy}: about {trained:,} of {full:,} samples trained ({trained / full:.0%})")
     cost = sum(policy.cost(epoch) for epoch in range(policy.epochs))
     print(f"cost       about {cost:.2f} epochs of full training, in {policy.epochs} epochs")

@@ -120,7 +120,9 @@ class TrainStep:
         """
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        images, other_labels = self._inputs(batch), batch.labels
+        # Autocast would round the same numbers at the first convolution; blends are made in full precision before it.
+        dtype = torch.float32 if mix else _DTYPES[self.config.loop.precision]
+        images, other_labels = self._inputs(batch, dtype), batch.labels
         if mix:
             partners = pair(batch.is_active)
             images, other_labels = mix.images(images, partners), batch.labels[partners]
@@ -162,8 +164,8 @@ class TrainStep:
             self.module.train()
         return self.score(output.float(), batch.labels).float()
 
-    def _inputs(self, batch: Batch) -> Tensor:
-        images = self.normalize(batch.images)
+    def _inputs(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Tensor:
+        images = self.normalize(batch.images, dtype)
         return images if batch.erased is None else erase(images, batch.erased)
 
     def _for_scoring(self, images: Tensor) -> Tensor:

@@ -16,11 +16,12 @@ from ast_dist.allocator import keep_freed_memory
 from ast_dist.command_line import parse
 from ast_dist.config import Config
 from ast_dist.data.index import Index
+from ast_dist.data.remote import open_index
 from ast_dist.distributed import World
 from ast_dist.errors import run_command
 from ast_dist.fault.guard import die_with_parent
 from ast_dist.model import build_model
-from ast_dist.preflight import check_data, print_dry_run
+from ast_dist.preflight import check_data, print_dry_run, with_block_shards
 from ast_dist.trainer import Trainer
 
 
@@ -30,7 +31,8 @@ def main(argv: Sequence[str]) -> int:
         die_with_parent()
     config = parse(argv)
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
-    train, val = Index.open(config.data.train), Index.open(config.data.val)
+    train, val = open_index(config.data.train, config.data), open_index(config.data.val, config.data)
+    config = with_block_shards(config, train)
     num_classes = check_data(config, train, val, int(os.environ.get("WORLD_SIZE", "1")))
     manifests = {"train": train.hash, "val": val.hash}
     run_folder.check(config, manifests)

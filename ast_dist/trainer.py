@@ -22,7 +22,7 @@ from ast_dist.counter_rng import STREAM_INIT, hash_key
 from ast_dist.damage import DamageLog
 from ast_dist.data.index import Index
 from ast_dist.data.loader import Batch, Loader
-from ast_dist.data.order import Plan, epoch_order, step_ids
+from ast_dist.data.order import Orders, Plan, step_ids
 from ast_dist.distributed import LaggedRead, World
 from ast_dist.errors import UserError
 from ast_dist.evaluate import evaluate
@@ -63,11 +63,10 @@ class Trainer:
         self.step = TrainStep(build_model(config.model, num_classes), config, world, self.policy.score)
         # Ranks draw apart from here on (dropout); what they must agree on is drawn from counters.
         torch.manual_seed(hash_key(STREAM_INIT, config.seed, 1 + world.rank))
-        self.loader = Loader(train, config.data, world.rank, world.size, world.local_size)
-        self.val_loader = Loader(val, config.data, world.rank, world.size, world.local_size)
-        self.state = TrainState(
-            self.step.module, self.step.optimizer, self.step.scaler, self.policy, train.num_samples, config.seed
-        )
+        self.loader = Loader(train, config.data, world.rank, world.size, world.local_size, world.device)
+        self.val_loader = Loader(val, config.data, world.rank, world.size, world.local_size, world.device)
+        orders = Orders(train.shard_sizes, config.seed, config.data.shuffle_block_shards)
+        self.state = TrainState(self.step.module, self.step.optimizer, self.step.scaler, self.policy, orders)
         self.augment = Augmenter(config.data, config.seed, world.device)
         self.mixer = Mixer(config.optim, config.seed)
         self.candidates = Candidates(
@@ -84,7 +83,7 @@ class Trainer:
         # Rank 0 alone has one.
         self.tracker: Tracker | None = None
         self.lease: Lease | None = None
-        self.damage = DamageLog(config.data.damaged_limit, train.num_samples, str(train.root), world)
+        self.damage = DamageLog(config.data.damaged_limit, train.num_samples, train.location, world)
         self.lagged = LaggedRead()
         # Set by what the ranks agreed on, and so the same on all of them.
         self._wants_stop = False
@@ -96,8 +95,7 @@ class Trainer:
         state, epochs = self.state, self.epochs
         while state.epoch < epochs:
             if state.plan is None:
-                order = epoch_order(state.num_samples, state.seed, state.epoch)
-                state.plan = checked_plan(self.policy, state.epoch, order)
+                state.plan = checked_plan(self.policy, state.epoch, state.orders.of(state.epoch))
                 if len(set(self.world.gather(state.plan.id))) > 1:
                     raise UserError(
                         f"gate.policy is {self.config.gate.policy}, whose plans of epoch {state.epoch} differ between "
@@ -143,7 +141,7 @@ class Trainer:
                 "model": f"{config.model.name}, {self.num_weights:,} weights, {config.loop.precision}",
                 "policy": config.gate.policy + gated,
                 "ranks": f"{world.size} on {world.device.type}, global batch {config.loop.global_batch_size}",
-                "decoder": f"torch, {self.loader.threads} threads a rank, {cache}",
+                "decoder": f"{self.loader.decoder.name}, {self.loader.threads} threads a rank, {cache}",
             },
         )
 

@@ -5,14 +5,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor
 
 from ast_dist.config import GateConfig
-from ast_dist.data.order import epoch_order
+from ast_dist.data.order import Orders
 from ast_dist.distributed import World
 from ast_dist.fault.checkpoint import Checkpoints
 from ast_dist.fault.state import TrainState
-from ast_dist.gate.policy import PolicySetup
+from ast_dist.gate.policy import PolicySetup, checked_plan
 from ast_dist.gate.registry import make_policy
 from benchmarks.timing import synchronize
 from benchmarks.training_step import Workload, make_step, random_batches
@@ -51,8 +52,9 @@ def checkpoint_stall(
     """
     step = make_step(world, workload, batch_size)
     policy = make_policy(PolicySetup(GateConfig(warmup_epochs=0, anneal_share=0.0), workload.num_samples, epochs=10))
-    state = TrainState(step.module, step.optimizer, step.scaler, policy, workload.num_samples, seed=0)
-    state.plan = policy.plan(0, epoch_order(workload.num_samples, 0, 0))
+    orders = Orders(np.array([workload.num_samples]), seed=0)
+    state = TrainState(step.module, step.optimizer, step.scaler, policy, orders)
+    state.plan = checked_plan(policy, 0, orders.of(0))
     batches = random_batches(workload, batch_size, world.device)
     checkpoints = _TimedCheckpoints(folder, world, keep_last=2)
     times: dict[str, list[float]] = {"stall_ms": [], "merge_ms": [], "write_ms": [], "commit_ms": []}

@@ -298,8 +298,8 @@ def _manifest(arguments: Arguments, listing: Listing, records: list[ShardRecord]
 def _finish(folder: Path, records: list[ShardRecord], manifest: dict[str, Any]) -> None:
     fields = {name: np.concatenate([record.fields[name] for record in records]) for name in FIELDS}
     fields["shard"] = np.repeat(np.arange(len(records)), [len(record.keys) for record in records])
-    write_index(folder, fields, np.concatenate([record.keys for record in records]))
-    write_manifest(folder, manifest)
+    checksums = write_index(folder, fields, np.concatenate([record.keys for record in records]))
+    write_manifest(folder, {**manifest, "index_sha256": checksums})
     # After the manifest: a crash above keeps the records, so that no shard is made twice.
     shutil.rmtree(folder / UNFINISHED)
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from ast_dist.config import GateConfig
-from ast_dist.data.order import epoch_order
+from ast_dist.data.order import Orders, epoch_order
 from ast_dist.distributed import World
 from ast_dist.fault import commit
 from ast_dist.fault.checkpoint import Checkpoints, read
@@ -26,6 +26,7 @@ from ast_dist.gate.policy import PolicySetup
 from ast_dist.gate.sundew import Sundew
 
 NUM_SAMPLES = 100
+ORDERS = Orders(np.array([NUM_SAMPLES]), seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def fresh_state(optimizer: str = "sgd", seed: int = 0) -> TrainState:
         "adamw": lambda: torch.optim.AdamW(model.parameters(), lr=0.01),
     }
     gate = Sundew(PolicySetup(GateConfig(), NUM_SAMPLES, epochs=10))
-    return TrainState(model, kinds[optimizer](), torch.amp.GradScaler("cpu", enabled=False), gate, NUM_SAMPLES, seed=0)
+    return TrainState(model, kinds[optimizer](), torch.amp.GradScaler("cpu", enabled=False), gate, ORDERS)
 
 
 def train(state: TrainState, steps: int) -> None:

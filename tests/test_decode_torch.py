@@ -11,8 +11,9 @@ from PIL import Image
 from torchvision.io import ImageReadMode, decode_image, encode_jpeg, encode_png
 from torchvision.transforms.v2 import functional as transforms
 
-from ast_dist.data.decode_torch import crop_resize, decode
+from ast_dist.data.decode_torch import decode
 from ast_dist.data.read import DamagedSampleError
+from ast_dist.data.resize import crop_resize
 from tests.shards import jpeg
 
 HEIGHT, WIDTH = 37, 53

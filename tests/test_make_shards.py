@@ -143,7 +143,7 @@ def test_index_and_idx_point_at_the_image_bytes(made):
     assert next(rows, None) is None
 
 
-def test_manifest_states_size_and_checksum_of_every_shard(made):
+def test_manifest_states_size_and_checksum_of_every_shard_and_the_checksums_of_the_index(made):
     root, images = made
     manifest = json.loads((root / "manifest.json").read_text())
     for shard in manifest["shards"]:
@@ -154,6 +154,8 @@ def test_manifest_states_size_and_checksum_of_every_shard(made):
         f"train-{n:06d}.tar" for n in range(len(manifest["shards"]))
     ]
     assert (manifest["damaged"], manifest["rewritten"], manifest["seed"]) == ([], {}, 0)
+    files = {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in (root / "index").iterdir()}
+    assert manifest["index_sha256"] == files
     assert not (root / ".unfinished").exists()
 
 

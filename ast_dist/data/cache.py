@@ -22,6 +22,10 @@ class DecodedCache:
         """The sample's (3, height, width) uint8 image, or None when it is not there yet."""
         return self.images[sample_id] if self._is_filled[sample_id] else None
 
+    def missing(self, ids: np.ndarray) -> np.ndarray:
+        """Those of some samples that are not there yet. ids: (n,) int64."""
+        return ids[~self._is_filled[ids]]
+
     def put(self, sample_id: int, image: np.ndarray) -> None:
         """Keep a sample's decoded image."""
         self.images[sample_id] = image
@@ -36,6 +40,14 @@ def make_cache(index: Index, config: DataConfig) -> DecodedCache | None:
     if config.cache == "none" or index.num_samples == 0:
         return None
     heights, widths = np.asarray(index.height), np.asarray(index.width)
+    if not (heights.all() and widths.all()):
+        if config.cache == "auto":
+            return None
+        raise UserError(
+            f"{index.root}: data.cache ram needs images of one known size, but the index states none for "
+            f"{np.count_nonzero(heights * widths == 0):,} of {index.num_samples:,}. Use --data.cache none, or make "
+            "shards: python -m data_prep.make_shards SRC DST"
+        )
     uniform = (heights == heights[0]).all() and (widths == widths[0]).all()
     needed_mb = index.num_samples * 3 * int(heights.max()) * int(widths.max()) / 1e6
     if uniform and needed_mb <= config.cache_mb:

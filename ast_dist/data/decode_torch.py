@@ -1,16 +1,18 @@
-"""Decode, crop and resize with torchvision, on the CPU.
+"""Decode with torchvision, on the CPU, for machines without DALI and for images that DALI decodes differently.
 
-The contract of every decoder: (bytes, crop box, flip, output size) → uint8 pixels, the same for all decoders up to
-their stated tolerance. Normalisation is not done here but on the device.
+The contract of the decoders: (bytes, crop box) → uint8 pixels of that region, the same for all decoders up to their
+stated tolerance. Normalisation is not done here but on the device.
 """
 
-import numpy as np
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
-from torchvision.transforms.v2 import functional as transforms
 
+from ast_dist.data.encoded import Encoded
 from ast_dist.data.read import DamagedSampleError
+from ast_dist.data.resize import Box, cut
 
 
 def decode(data: bytes, sample_id: int, key: str) -> Tensor:
@@ -30,29 +32,32 @@ def decode(data: bytes, sample_id: int, key: str) -> Tensor:
     return image
 
 
-def crop_resize(image: Tensor, box: np.ndarray, flip: bool, size: int, out: Tensor) -> None:
-    """Cut `box` from an image, resize it to `size` × `size` and mirror it if asked to.
+class TorchDecoder:
+    """Decodes whole images and cuts them. Safe between threads: torchvision frees the interpreter while it decodes."""
 
-    image: (3, H, W) uint8. box: top, left, height, width; outside the image pixels are 0. out: (3, size, size)
-    uint8, written. Inside the image this equals torchvision's v2 resized_crop (bilinear, antialias), bit for bit.
-    """
-    top, left, height, width = (int(value) for value in box)
-    if (height, width) == (size, size):
-        _cut(image.numpy(), top, left, flip, out.numpy())
-        return
-    crop = transforms.crop(image, top, left, height, width)
-    crop = transforms.resize(crop, [size, size], antialias=True)
-    out.copy_(crop.flip(-1) if flip else crop)
+    name = "torch"
+
+    def regions(self, samples: Sequence[Encoded], boxes: Sequence[Box]) -> list[Tensor | DamagedSampleError]:
+        """The pixels of one box of each sample.
+
+        boxes: inside the images, of the size that `samples` state. Returns (3, h, w) uint8 views, or why there are
+        none.
+        """
+        found: list[Tensor | DamagedSampleError] = []
+        for sample, box in zip(samples, boxes, strict=True):
+            try:
+                found.append(cut(whole(sample), box))
+            except DamagedSampleError as error:
+                found.append(error)
+        return found
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
-def _cut(image: np.ndarray, top: int, left: int, flip: bool, out: np.ndarray) -> None:
-    """Copy a box as large as `out`. One assignment: torch's crop and flip take ten times as long on small images."""
-    rows = slice(max(0, -top), min(out.shape[1], image.shape[1] - top))
-    columns = slice(max(0, -left), min(out.shape[2], image.shape[2] - left))
-    target = out[:, :, ::-1] if flip else out
-    if rows.stop - rows.start < out.shape[1] or columns.stop - columns.start < out.shape[2]:
-        out[...] = 0
-    if rows.start < rows.stop and columns.start < columns.stop:
-        target[:, rows, columns] = image[
-            :, top + rows.start : top + rows.stop, left + columns.start : left + columns.stop
-        ]
+def whole(sample: Encoded) -> Tensor:
+    """Decode a sample whole. Raises DamagedSampleError when it does not decode, or is not of the size stated."""
+    image = decode(sample.data, sample.sample_id, sample.key)
+    if image.shape[1:] != (sample.height, sample.width):
+        raise sample.wrong_size(*image.shape[1:])
+    return image

@@ -14,6 +14,8 @@ Format 2 is format 1 with two more keys in the manifest, for data that lie elsew
     "data_root"  folder or URL that the shards' names start from; without it, the manifest's own folder
     "layout"     "shards" (as without it), or "files": no shard at all, and each key is a file's name below data_root
 
+"index_sha256" (any format, where it was written) holds the SHA-256 of each file in index/, by its field's name.
+
 With "files", offset is 0, and size, height, width and crc32 are 0 where they are not known before the file is read.
 """
 
@@ -41,6 +43,7 @@ FIELDS: dict[str, type[np.generic]] = {
     "width": np.int32,
     "crc32": np.uint32,  # zlib.crc32 of the encoded bytes
 }
+_FILES_A_SHARD = 4096
 KEYS_NAME = "keys"  # WebDataset keys or files' names, UTF-8, fixed width
 
 
@@ -87,6 +90,19 @@ class Index:
         return "://" in self.data_root
 
     @property
+    def shard_sizes(self) -> np.ndarray:
+        """(S,) int64: samples of each shard. Loose files count as shards of equal size, in the index's order."""
+        if self.layout == "files":
+            ends = np.arange(_FILES_A_SHARD, self.num_samples + _FILES_A_SHARD, _FILES_A_SHARD)
+            return np.diff(np.minimum(ends, self.num_samples), prepend=0)
+        return np.array([shard["samples"] for shard in self.manifest["shards"]], np.int64)
+
+    @property
+    def location(self) -> str:
+        """Where a person finds the set: its URL, or its folder."""
+        return self.data_root if self.is_remote else str(self.root)
+
+    @property
     def shard_paths(self) -> list[Path]:
         """The shards' files, in the order of their numbers; where `is_remote`, they are not there."""
         return [Path(self.data_root, shard["name"]) for shard in self.manifest["shards"]]
@@ -97,7 +113,7 @@ class Index:
 
     @classmethod
     def open(cls, root: Path | str) -> "Index":
-        """Open a finished split and check that every shard is there in full (remote ones are checked when fetched).
+        """Open a finished split and check that every shard is there in full (for remote ones, see `data/remote.py`).
 
         Raises UserError when the folder, the manifest or a shard is missing, when a shard's size is not the one
         the manifest states, when a field has the wrong length or type, or when the set was written by a newer format.
@@ -204,10 +220,11 @@ def load_field(root: Path, name: str, count: int) -> np.ndarray:
     return array
 
 
-def write_index(root: Path, fields: Mapping[str, np.ndarray], keys: Sequence[bytes] | np.ndarray) -> None:
+def write_index(root: Path, fields: Mapping[str, np.ndarray], keys: Sequence[bytes] | np.ndarray) -> dict[str, str]:
     """Write the index of a split; the counterpart of `load_field`.
 
     fields: one (N,) array for every name in FIELDS, cast to its dtype. keys: the N samples' WebDataset keys.
+    Returns the files' SHA-256 (hex) by field, for the manifest's "index_sha256".
     """
     if fields.keys() != FIELDS.keys():
         raise ValueError(f"fields are {sorted(fields)}, not {sorted(FIELDS)}")
@@ -218,6 +235,13 @@ def write_index(root: Path, fields: Mapping[str, np.ndarray], keys: Sequence[byt
         with replaced_file(field_path(root, name)) as file:
             np.save(file, array, allow_pickle=False)
     sync_folder(field_path(root, KEYS_NAME).parent)
+    return {name: file_sha256(field_path(root, name)) for name in arrays}
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_manifest(root: Path, manifest: Mapping[str, Any]) -> None:

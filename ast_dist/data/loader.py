@@ -1,7 +1,7 @@
 """From planned sample ids to batches on the way to the device.
 
-Decoding runs in threads: torchvision releases the interpreter lock while it decodes and resizes, so threads scale
-like processes here and need neither shared memory nor a second import of torch. A bounded number of batches is in
+Decoding runs in threads: torchvision and DALI release the interpreter lock while they decode and resize, so threads
+scale like processes here and need neither shared memory nor a second import of torch. A bounded number of batches is in
 flight; nothing outside the plan is read.
 """
 
@@ -10,7 +10,8 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,101 +19,106 @@ from torch import Tensor
 
 from ast_dist.config import DataConfig
 from ast_dist.data import augment
+from ast_dist.data.batch import MIN_ROWS, Batch, upload
 from ast_dist.data.cache import make_cache
-from ast_dist.data.decode_torch import crop_resize, decode
+from ast_dist.data.decoder import RegionDecoder, make_decoder
+from ast_dist.data.encoded import Encoded
+from ast_dist.data.header import image_header
 from ast_dist.data.index import Index
 from ast_dist.data.order import Plan, rank_share, step_ids
-from ast_dist.data.read import DamagedSampleError, Reader
+from ast_dist.data.read import DamagedSampleError
+from ast_dist.data.remote import open_reader
+from ast_dist.data.resize import Box, cut, resize_region
 
-# BatchNorm refuses a single value per channel, and a rank without samples must still take part in the step.
-MIN_ROWS = 2
+__all__ = ["MIN_ROWS", "Batch", "Loader", "upload"]
 
-_Crops = Callable[[np.ndarray], augment.Crops]
+_CPU = torch.device("cpu")
 
+# Samples after a batch whose remote shards are fetched meanwhile, where the cache has room: a block of shards or two.
+_AHEAD_SAMPLES = 32_768
 
-@dataclass
-class Batch:
-    """One rank's part of a global batch.
-
-    step: its number in the epoch. ids: (n,) int64 sample ids. images: (n, 3, size, size) uint8. labels: (n,) int64.
-    weights: (n,) float32 loss weights. is_active: (n,) bool; False marks rows that must not train: padding (id -1)
-    and damaged samples. planned: samples of the global batch over all ranks. damaged: what failed, by message.
-    erased: (n, 4) int64 boxes (top, left, height, width) that become the mean once the images are normalised, or None.
-    """
-
-    step: int
-    ids: Tensor
-    images: Tensor
-    labels: Tensor
-    weights: Tensor
-    is_active: Tensor
-    planned: int
-    damaged: list[str] = field(default_factory=list)
-    erased: Tensor | None = None
-
-    def to(self, device: torch.device) -> "Batch":
-        """Copy to a device without waiting for it."""
-        if device.type == "cpu":
-            return self
-        names = ("ids", "images", "labels", "weights", "is_active", "erased")
-        moved = {name: upload(value, device) for name in names if (value := getattr(self, name)) is not None}
-        return Batch(step=self.step, planned=self.planned, damaged=self.damaged, **moved)
-
-
-def upload(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy a CPU tensor to a device; to a GPU through pinned memory, so that the host does not wait."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+# ids, heights, widths → crops: a pure function, so that it may be called for any part of a batch.
+_Crops = Callable[[np.ndarray, np.ndarray, np.ndarray], augment.Crops]
 
 
 class Loader:
-    """Reads, decodes and assembles one rank's batches of a split."""
+    """Reads, decodes and assembles one rank's batches of a split.
 
-    def __init__(self, index: Index, config: DataConfig, rank: int, world_size: int, local_world_size: int = 1) -> None:
+    device: what the batches are for. On a GPU, DALI decodes there.
+    """
+
+    def __init__(
+        self,
+        index: Index,
+        config: DataConfig,
+        rank: int,
+        world_size: int,
+        local_world_size: int = 1,
+        device: torch.device = _CPU,
+    ) -> None:
         self.index = index
         self.config = config
         self.rank = rank
         self.world_size = world_size
-        self.reader = Reader(index)
+        self.device = device
+        self.reader = open_reader(index, config)
         self.cache = make_cache(index, config)
         self.samples_decoded = 0
         self._count_lock = threading.Lock()
         self.threads = config.threads or max(1, _available_cores() // local_world_size)
+        self.decoder = make_decoder(config, device, self.threads, keeps_whole=self.cache is not None)
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+        # A decoder of whole batches serves them one after the other, from a thread that mostly waits for it.
+        self._batch_pool = ThreadPoolExecutor(1, thread_name_prefix="batch")
 
     def train_batches(
-        self, plan: Plan, global_batch_size: int, seed: int, epoch: int, start_step: int = 0
+        self,
+        plan: Plan,
+        global_batch_size: int,
+        seed: int,
+        epoch: int,
+        start_step: int = 0,
+        image_size: Callable[[int], int] | None = None,
     ) -> Iterator[Batch]:
-        """This rank's batches of an epoch's plan from `start_step` on. Every rank yields the same number."""
+        """This rank's batches of an epoch's plan from `start_step` on. Every rank yields the same number.
 
-        def crops(ids: np.ndarray) -> augment.Crops:
-            return augment.train_crops(ids, self.index.height[ids], self.index.width[ids], seed, epoch, self.config)
+        image_size: side of a step's images, pixels, by its number; data.image_size unless given.
+        """
 
-        steps = range(start_step, plan.num_steps(global_batch_size))
-        return self._prefetched(
-            self._start(
-                step,
-                step_ids(plan.ids, step, global_batch_size),
-                None if plan.weights is None else step_ids(plan.weights, step, global_batch_size),
-                crops,
-            )
-            for step in steps
-        )
+        def crops(ids: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> augment.Crops:
+            return augment.train_crops(ids, heights, widths, seed, epoch, self.config)
+
+        def start(step: int) -> _Pending:
+            ids = step_ids(plan.ids, step, global_batch_size)
+            weights = None if plan.weights is None else step_ids(plan.weights, step, global_batch_size)
+            last = (step + 1) * global_batch_size
+            ahead = plan.ids[last : last + _AHEAD_SAMPLES] if self.index.is_remote else None
+            size = image_size(step) if image_size else self.config.image_size
+            return self._start(step, ids, weights, crops, size, ahead)
+
+        return self._prefetched(map(start, range(start_step, plan.num_steps(global_batch_size))))
 
     def val_batches(self, global_batch_size: int) -> Iterator[Batch]:
         """This rank's share of the whole split, in index order, with central crops."""
 
-        def crops(ids: np.ndarray) -> augment.Crops:
-            return augment.val_crops(self.index.height[ids], self.index.width[ids], self.config)
+        def crops(ids: np.ndarray, heights: np.ndarray, widths: np.ndarray) -> augment.Crops:
+            return augment.val_crops(heights, widths, self.config)
 
-        ids = np.arange(self.index.num_samples, dtype=np.int64)
-        steps = range(-(-len(ids) // global_batch_size))
-        return self._prefetched(
-            self._start(step, step_ids(ids, step, global_batch_size), None, crops) for step in steps
-        )
+        count = self.index.num_samples
+
+        def start(step: int) -> _Pending:
+            first = step * global_batch_size
+            last = min(first + global_batch_size, count)
+            ahead = np.arange(last, min(last + _AHEAD_SAMPLES, count)) if self.index.is_remote else None
+            return self._start(step, np.arange(first, last), None, crops, self.config.image_size, ahead)
+
+        return self._prefetched(map(start, range(-(-count // global_batch_size))))
 
     def close(self) -> None:
         """Stop the threads and close the shards."""
+        self._batch_pool.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
+        self.decoder.close()
         self.reader.close()
 
     def _prefetched(self, started: "Iterator[_Pending]") -> Iterator[Batch]:
@@ -129,13 +135,23 @@ class Loader:
             for item in pending:
                 item.cancel()
 
-    def _start(self, step: int, global_ids: np.ndarray, global_weights: np.ndarray | None, crops: _Crops) -> "_Pending":
+    def _start(
+        self,
+        step: int,
+        global_ids: np.ndarray,
+        global_weights: np.ndarray | None,
+        crops: _Crops,
+        size: int,
+        ahead: np.ndarray | None,
+    ) -> "_Pending":
         ids = rank_share(global_ids, self.rank, self.world_size)
-        rows, size = max(len(ids), MIN_ROWS), self.config.image_size
+        self.reader.will_need(ids if self.cache is None else self.cache.missing(ids), ahead)
+        rows = max(len(ids), MIN_ROWS)
+        on_device = not isinstance(self.decoder, RegionDecoder)
         batch = Batch(
             step=step,
             ids=torch.full((rows,), -1, dtype=torch.int64),
-            images=torch.zeros((rows, 3, size, size), dtype=torch.uint8),
+            images=_unwritten(0 if on_device else rows, size),
             labels=torch.zeros(rows, dtype=torch.int64),
             weights=torch.zeros(rows, dtype=torch.float32),
             is_active=torch.zeros(rows, dtype=torch.bool),
@@ -147,43 +163,126 @@ class Loader:
         batch.weights[: len(ids)] = 1.0
         if global_weights is not None:
             batch.weights[: len(ids)] = torch.from_numpy(rank_share(global_weights, self.rank, self.world_size))
-        drawn = crops(ids)
         chunk = -(-len(ids) // self.threads) or 1
-        futures = [
-            self._pool.submit(self._fill, batch, ids, drawn, range(first, min(first + chunk, len(ids))))
-            for first in range(0, len(ids), chunk)
-        ]
-        return _Pending(batch, futures)
+        parts = [range(first, min(first + chunk, len(ids))) for first in range(0, len(ids), chunk)]
+        if not on_device:
+            return _Pending(batch, [self._pool.submit(self._fill, batch, ids, part, crops) for part in parts])
+        reads = [self._pool.submit(self._read, batch, ids, part) for part in parts]
+        decoded = self._batch_pool.submit(self._decode_whole, batch, reads, crops, size)
+        return _Pending(batch, [*reads, decoded])
 
-    def _fill(self, batch: Batch, ids: np.ndarray, crops: augment.Crops, rows: range) -> None:
+    def _read(self, batch: Batch, ids: np.ndarray, rows: range) -> list[Encoded | None]:
+        """Read samples; None stands for those that are damaged, which are marked."""
+        samples: list[Encoded | None] = []
         for row in rows:
+            sample_id = int(ids[row])
             try:
-                image = self._image(int(ids[row]))
+                samples.append(self._sample(sample_id))
             except DamagedSampleError as error:
-                batch.is_active[row] = False
-                batch.weights[row] = 0.0
-                batch.damaged.append(str(error))
-                continue
-            crop_resize(image, crops.boxes[row], bool(crops.flips[row]), self.config.image_size, batch.images[row])
+                _mark_damaged(batch, row, error)
+                samples.append(None)
+        return samples
 
-    def _image(self, sample_id: int) -> Tensor:
+    def _sample(self, sample_id: int) -> Encoded:
+        index = self.index
+        height, width = int(index.height[sample_id]), int(index.width[sample_id])
+        data, key = self.reader.read(sample_id), index.key(sample_id)
+        if not height:
+            try:
+                header = image_header(data)
+            except ValueError as error:
+                raise DamagedSampleError(sample_id, f"sample {key} (id {sample_id}) does not decode: {error}") from None
+            height, width = header.height, header.width
+        return Encoded(data, sample_id, key, height, width)
+
+    def _fill(self, batch: Batch, ids: np.ndarray, rows: range, crops: _Crops) -> None:
+        """Read, decode and resize some rows of a batch, in a decoding thread."""
         if self.cache is not None:
-            cached = self.cache.get(sample_id)
-            if cached is not None:
-                return torch.from_numpy(cached)
-        key, size = self.index.key(sample_id), (int(self.index.height[sample_id]), int(self.index.width[sample_id]))
-        image = decode(self.reader.read(sample_id), sample_id, key)
-        if image.shape[1:] != size:
-            raise DamagedSampleError(
-                sample_id,
-                f"sample {key} (id {sample_id}) has {image.shape[1]}×{image.shape[2]} pixels (height × width), but the "
-                f"index states {size[0]}×{size[1]}, from which its crop was drawn",
-            )
-        with self._count_lock:
-            self.samples_decoded += 1
-        if self.cache is not None:
-            self.cache.put(sample_id, image.numpy())
+            self._fill_from_cache(batch, ids, rows, crops)
+            return
+        assert isinstance(self.decoder, RegionDecoder)
+        samples = self._read(batch, ids, rows)
+        found = [(row, sample) for row, sample in zip(rows, samples, strict=True) if sample is not None]
+        drawn = _drawn([sample for _, sample in found], crops)
+        wanted = [Box(*box) for box in drawn.boxes.tolist()]
+        held = [box.inside(sample.height, sample.width) for box, (_, sample) in zip(wanted, found, strict=True)]
+        regions = self.decoder.regions([sample for _, sample in found], held)
+        decoded = 0
+        for place, (row, _) in enumerate(found):
+            region = regions[place]
+            if isinstance(region, DamagedSampleError):
+                _mark_damaged(batch, row, region)
+                continue
+            decoded += 1
+            resize_region(region, wanted[place], held[place], bool(drawn.flips[place]), batch.images[row])
+        self._count_decoded(decoded)
+
+    def _fill_from_cache(self, batch: Batch, ids: np.ndarray, rows: range, crops: _Crops) -> None:
+        """Fill rows with crops of whole images that are kept; what is not there yet is decoded whole and kept."""
+        part = ids[rows.start : rows.stop]
+        drawn = crops(part, self.index.height[part], self.index.width[part])
+        for place, row in enumerate(rows):
+            try:
+                image = self._whole(int(ids[row]))
+            except DamagedSampleError as error:
+                _mark_damaged(batch, row, error)
+                continue
+            wanted = Box(*drawn.boxes[place].tolist())
+            held = wanted.inside(image.shape[1], image.shape[2])
+            resize_region(cut(image, held), wanted, held, bool(drawn.flips[place]), batch.images[row])
+
+    def _whole(self, sample_id: int) -> Tensor:
+        assert self.cache is not None and isinstance(self.decoder, RegionDecoder)
+        cached = self.cache.get(sample_id)
+        if cached is not None:
+            return torch.from_numpy(cached)
+        sample = self._sample(sample_id)
+        [image] = self.decoder.regions([sample], [Box(0, 0, sample.height, sample.width)])
+        if isinstance(image, DamagedSampleError):
+            raise image
+        self._count_decoded(1)
+        self.cache.put(sample_id, image.numpy())
         return image
+
+    def _decode_whole(
+        self, batch: Batch, reads: "list[Future[list[Encoded | None]]]", crops: _Crops, size: int
+    ) -> None:
+        """Decode a batch where the decoder does so on the device."""
+        assert not isinstance(self.decoder, RegionDecoder)
+        samples = [sample for read in reads for sample in read.result()]
+        drawn = _drawn([sample for sample in samples if sample is not None], crops)
+        boxes, flips = np.zeros((len(samples), 4), np.int64), np.zeros(len(samples), bool)
+        is_there = np.array([sample is not None for sample in samples], dtype=bool)
+        boxes[is_there], flips[is_there] = drawn.boxes, drawn.flips
+        padding = [None] * (len(batch.ids) - len(samples))
+        images, damaged, batch.ready = self.decoder.decode(
+            [*samples, *padding], [Box(*box) for box in boxes.tolist()], flips, size
+        )
+        batch.images = images
+        rows = {sample.sample_id: row for row, sample in enumerate(samples) if sample is not None}
+        for error in damaged:
+            _mark_damaged(batch, rows[error.sample_id], error)
+        self._count_decoded(int(is_there.sum()) - len(damaged))
+
+    def _count_decoded(self, count: int) -> None:
+        with self._count_lock:
+            self.samples_decoded += count
+
+
+def _unwritten(rows: int, size: int) -> Tensor:
+    """(rows, 3, size, size) uint8 in channels_last memory, in which decoders write and most models read."""
+    return torch.empty((rows, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+
+
+def _drawn(samples: list[Encoded], crops: _Crops) -> augment.Crops:
+    numbers = np.array([(s.sample_id, s.height, s.width) for s in samples], np.int64).reshape(-1, 3)
+    return crops(numbers[:, 0], numbers[:, 1], numbers[:, 2])
+
+
+def _mark_damaged(batch: Batch, row: int, error: DamagedSampleError) -> None:
+    batch.is_active[row] = False
+    batch.weights[row] = 0.0
+    batch.damaged.append(str(error))
 
 
 def _available_cores() -> int:
@@ -196,16 +295,25 @@ class _Pending:
     """A batch that threads are filling."""
 
     batch: Batch
-    futures: "list[Future[None]]"
+    futures: "list[Future[Any]]"
 
     def result(self) -> Batch:
         for future in self.futures:
             future.result()
-        images, is_active = self.batch.images, self.batch.is_active
-        if is_active.any() and not is_active.all():
+        batch = self.batch
+        if batch.ready is not None:
+            batch.ready.wait()  # the current stream waits, not the host
+            batch.images.record_stream(torch.cuda.current_stream(batch.images.device))
+        is_active = batch.is_active
+        if not is_active.any():
+            batch.images.zero_()
+        elif not is_active.all():
             # Padding and damaged rows repeat a sample: a black image would bend this rank's batch statistics.
-            images[~is_active] = images[int(is_active.nonzero()[0])].clone()
-        return self.batch
+            # By an index on the device, which a mask would have to be counted for.
+            first, others = int(is_active.nonzero()[0]), (~is_active).nonzero()[:, 0]
+            repeated = batch.images[first].expand(len(others), -1, -1, -1).clone()
+            batch.images.index_copy_(0, upload(others, batch.images.device), repeated)
+        return batch
 
     def cancel(self) -> None:
         for future in self.futures:

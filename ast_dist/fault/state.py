@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ast_dist.data.order import Plan, epoch_order
+from ast_dist.data.order import Orders, Plan
 
 _RNG = "rng"
 
@@ -30,10 +30,10 @@ class Stateful(Protocol):
 class TrainState:
     """What a run is at a step boundary.
 
-    epoch: epochs done. step_in_epoch: steps done of the present epoch's plan. global_step: steps done in all.
-    plan: what the present epoch trains, None between epochs. candidates: samples selected and not yet trained, None
-    where none ever wait. counts: the cost ledger's numbers. best_acc1, last_acc1: percent, None before the first
-    evaluation. session: what is about the run's life, not its weights (number of
+    orders: of the training set. epoch: epochs done. step_in_epoch: steps done of the present epoch's plan.
+    global_step: steps done in all. plan: what the present epoch trains, None between epochs. candidates: samples
+    selected and not yet trained, None where none ever wait. counts: the cost ledger's numbers. best_acc1, last_acc1:
+    percent, None before the first evaluation. session: what is about the run's life, not its weights (number of
     sessions, seconds, length of the metrics file).
     """
 
@@ -41,8 +41,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     gate: Stateful
-    num_samples: int
-    seed: int
+    orders: Orders
     epoch: int = 0
     step_in_epoch: int = 0
     global_step: int = 0
@@ -52,6 +51,14 @@ class TrainState:
     best_acc1: float | None = None
     last_acc1: float | None = None
     session: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_samples(self) -> int:
+        return self.orders.num_samples
+
+    @property
+    def seed(self) -> int:
+        return self.orders.seed
 
     _PLAIN = ("epoch", "step_in_epoch", "global_step", "counts", "best_acc1", "last_acc1")
 
@@ -103,7 +110,7 @@ class TrainState:
     def _restore_plan(self, state: dict[str, Any]) -> Plan | None:
         if not state:
             return None
-        order = epoch_order(self.num_samples, self.seed, self.epoch)
+        order = self.orders.of(self.epoch)
         weights = state["weights"].numpy() if "weights" in state else None
         plan = Plan.from_bits(state["keep"].numpy(), order, weights)
         if plan.id != state["id"]:

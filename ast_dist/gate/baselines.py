@@ -30,6 +30,8 @@ class Short(Policy):
     The last epoch is cut where the budget is spent.
     """
 
+    takes_block_order = True
+
     def __init__(self, setup: PolicySetup) -> None:
         super().__init__(setup)
         self._passes = setup.config.target_rate * setup.epochs
@@ -51,6 +53,8 @@ class Short(Policy):
 
 class Random(Policy):
     """A random subset of exactly `target_rate`, drawn anew each epoch."""
+
+    takes_block_order = True
 
     def target_rate(self, epoch: int) -> float:
         return self.config.target_rate
@@ -121,6 +125,8 @@ class SelectiveBackprop(Policy):
     The CDF is taken from the histogram of whole global batches, the newest ones that make up at least `loss_history`
     losses, one batch late; within a bin (4.4 % wide) it is interpolated.
     """
+
+    takes_block_order = True
 
     def __init__(self, setup: PolicySetup) -> None:
         super().__init__(setup)

@@ -12,14 +12,14 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ast_dist.config import Config, GateConfig
-from ast_dist.data.order import Plan
+from ast_dist.data.order import BlockOrder, Plan
 from ast_dist.errors import UserError, described
 from ast_dist.gate.memory import GatherRows, SignificanceMemory
 from ast_dist.gate.significance import significance
@@ -67,6 +67,9 @@ class Policy:
     Most policies decide before an epoch, from what they remember: skipped samples are not even read. One that decides
     on batches just read, from a scoring forward pass, says so in `scores_epoch` and overrides `select`.
     """
+
+    # Whether `plan` only slices the order or hands it on: then the order of a huge set is never held as a whole.
+    takes_block_order = False
 
     def __init__(self, setup: PolicySetup) -> None:
         self.setup = setup
@@ -171,19 +174,24 @@ class RememberingPolicy(Policy):
 class Full(Policy):
     """Trains on everything: the reference that every saving is measured against."""
 
+    takes_block_order = True
+
     def plan(self, epoch: int, order: np.ndarray) -> Plan:
         return Plan(order)
 
 
-def checked_plan(policy: Policy, epoch: int, order: np.ndarray) -> Plan:
+def checked_plan(policy: Policy, epoch: int, order: np.ndarray | BlockOrder) -> Plan:
     """A policy's plan of an epoch, judged before anything is trained by it.
 
     Raises UserError where it is none: no samples, others than those of `order` or in another order, weights that are
     not one finite number ≥ 0 a sample. A policy of one's own may get that wrong, and a resume could not mend it.
     """
     name = f"{type(policy).__name__}.plan of epoch {epoch}"
+    if not policy.takes_block_order:
+        order = np.asarray(order)
     try:
-        plan = policy.plan(epoch, order)
+        # A slice of a block order is an array; what else these policies do with it is hand it on.
+        plan = policy.plan(epoch, cast(np.ndarray, order))
         target = float(policy.target_rate(epoch))
     except UserError:
         raise
@@ -194,6 +202,9 @@ def checked_plan(policy: Policy, epoch: int, order: np.ndarray) -> Plan:
         raise UserError(f"{name} raises {described(error)}.") from error
     if not isinstance(plan, Plan):
         raise UserError(f"{name} gives {type(plan).__name__}: give an ast_dist.data.order.Plan.")
+    if plan.ids is order and plan.weights is None:
+        policy.note_planned(1.0, target)
+        return plan
     ids = np.asarray(plan.ids)
     if ids.ndim != 1 or not len(ids):
         raise UserError(f"{name} gives ids of shape {ids.shape}: give one row of at least one sample id.")
@@ -218,7 +229,8 @@ def nearest_count(share: float, num_samples: int) -> int:
 
 def first_of(order: np.ndarray, rate: float) -> np.ndarray:
     """The first `rate` of a random order: a random subset of exactly that size, at least one sample."""
-    return order[: nearest_count(rate, len(order))]
+    count = nearest_count(rate, len(order))
+    return order if count == len(order) else order[:count]
 
 
 def weights_of(keep: Tensor) -> Tensor:

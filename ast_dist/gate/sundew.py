@@ -166,6 +166,8 @@ class Online(Policy):
     Until the first histogram is there, samples are kept with the target rate as their chance.
     """
 
+    takes_block_order = True
+
     def __init__(self, setup: PolicySetup) -> None:
         super().__init__(setup)
         self.schedule = TargetSchedule(setup.config, setup.epochs)
