@@ -114,7 +114,7 @@ def test_the_model_trains_and_scores_boxes_erased_after_normalisation_and_before
     config = Config(run_dir="x", data=data, model=ModelConfig(name="small_cnn", width=8), optim=OptimConfig())
     step = TrainStep(build_model(config.model, 10), config, world)
     batch = Augmenter(data, 0, CPU)(make_batch(data), 1)
-    boxes = PixelDraws(data, 0).erased(batch.ids.numpy(), 1)
+    boxes = PixelDraws(data, 0).erased(batch.ids.numpy(), 1, 8)
     assert boxes is not None and 0 < (boxes[:, 2] > 0).sum() < len(boxes)
     expected = step.normalize(batch.images).clone()
     for row, (top, left, height, width) in enumerate(boxes.tolist()):
@@ -198,3 +198,16 @@ def test_validation_images_are_not_augmented(shards: Path, tmp_path: Path) -> No
         scores.append(row["val/loss"])
     assert scores[0] == scores[1]
     assert np.isfinite(scores).all()
+
+
+def test_strengths_and_boxes_follow_the_side_of_a_batchs_images() -> None:
+    """Of one configuration: batches may have images of another side than data.image_size."""
+    ids = np.arange(600)
+    draws = PixelDraws(EVERYTHING, 0)
+    boxes = {side: draws.erased(ids, 0, side) for side in (16, 160)}
+    small, large = boxes[16], boxes[160]
+    assert small is not None and large is not None
+    assert small.max() <= 16 and large.max() > 100
+    batch = make_batch(dataclasses.replace(EVERYTHING, image_size=40))
+    apart = dataclasses.replace(EVERYTHING, image_size=40)
+    assert torch.equal(Augmenter(EVERYTHING, 0, CPU)(batch, 0).images, Augmenter(apart, 0, CPU)(batch, 0).images)

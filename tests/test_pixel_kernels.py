@@ -8,6 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import InterpolationMode, v2
 
 import ast_dist.augmenter
+import ast_dist.data.batch
 from ast_dist.augmenter import Augmenter
 from ast_dist.config import DataConfig
 from ast_dist.data.loader import Batch
@@ -193,7 +194,7 @@ def test_a_batch_is_augmented_without_waiting_for_the_device(monkeypatch):
         return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
 
     monkeypatch.setattr(ast_dist.augmenter, "upload", upload)
-    monkeypatch.setattr(ast_dist.data.loader, "upload", upload)
+    monkeypatch.setattr(ast_dist.data.batch, "upload", upload)
     for kind in AUTO:
         config = DataConfig(image_size=20, auto_augment=kind, color_jitter=(0.4, 0.4, 0.4, 0.1), erase_share=0.5)
         batch = Batch(
