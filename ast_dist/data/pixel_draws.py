@@ -79,8 +79,8 @@ class PixelDraws:
     def erased(self, ids: np.ndarray, epoch: int, side: int) -> np.ndarray | None:
         """The box that is erased of each image of `side` pixels: top, left, height, width, all 0 for none.
 
-        Returns (n, 4) int64, or None where random erasing is off. As in torchvision, a box of the image's full height or width is
-        drawn anew, and after ten tries nothing is erased.
+        Returns (n, 4) int64, or None where random erasing is off. As in torchvision, a box of the image's full height
+        or width is drawn anew, and after ten tries nothing is erased.
         """
         config, key = self._config, (STREAM_ERASE, self._seed, epoch)
         if config.erase_share == 0.0:
