@@ -28,20 +28,20 @@ class Augmenter:
     def __call__(self, host_batch: Batch, epoch: int) -> Batch:
         """Bring a batch to the device, augmented but for what is erased there after normalisation.
 
-        host_batch: as the loader gives it, on the CPU; it stays as it is. Padding and damaged rows hold some sample's
-        pixels and are augmented like any, by what their id draws.
+        host_batch: as the loader gives it, its ids on the CPU; it stays as it is. Padding and damaged rows hold some
+        sample's pixels and are augmented like any, by what their id draws.
         """
-        batch, ids = host_batch.to(self._device), host_batch.ids.numpy()
-        rounds = self._draws.rounds(ids, epoch)
+        batch, ids, side = host_batch.to(self._device), host_batch.ids.numpy(), host_batch.images.shape[-1]
+        rounds = self._draws.rounds(ids, epoch, side)
         images = batch.images.clone(memory_format=torch.contiguous_format) if rounds else batch.images
         for each in rounds:
             order = np.argsort(each.kernels, kind="stable")
             transform(images, each.kernels, self._upload(order), self._upload(each.parameters[order]))
-        return dataclasses.replace(batch, images=images, erased=self.erased(ids, epoch))
+        return dataclasses.replace(batch, images=images, erased=self.erased(ids, epoch, side))
 
-    def erased(self, ids: np.ndarray, epoch: int) -> Tensor | None:
-        """What `Batch.erased` is for these samples, on the device."""
-        boxes = self._draws.erased(ids, epoch)
+    def erased(self, ids: np.ndarray, epoch: int, side: int) -> Tensor | None:
+        """What `Batch.erased` is for images of these samples, on the device. side: pixels."""
+        boxes = self._draws.erased(ids, epoch, side)
         return None if boxes is None else self._upload(boxes)
 
     def _upload(self, values: np.ndarray) -> Tensor:

@@ -205,7 +205,7 @@ class Candidates:
             weights=self._on_device(weights),
             is_active=self._on_device(ids >= 0),
             planned=count,
-            erased=self._augment.erased(ids, epoch),
+            erased=self._augment.erased(ids, epoch, arrived.shape[-1]),
         )
 
     def _on_device(self, values: np.ndarray) -> Tensor:

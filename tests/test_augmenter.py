@@ -18,6 +18,7 @@ from ast_dist.data.index import Index
 from ast_dist.data.loader import Batch, Loader
 from ast_dist.data.order import Plan, epoch_order
 from ast_dist.data.pixel_draws import PixelDraws
+from ast_dist.data.pixel_kernels import transform
 from ast_dist.distributed import World
 from ast_dist.errors import run_command
 from ast_dist.mixing import Mix, pair
@@ -114,7 +115,7 @@ def test_the_model_trains_and_scores_boxes_erased_after_normalisation_and_before
     config = Config(run_dir="x", data=data, model=ModelConfig(name="small_cnn", width=8), optim=OptimConfig())
     step = TrainStep(build_model(config.model, 10), config, world)
     batch = Augmenter(data, 0, CPU)(make_batch(data), 1)
-    boxes = PixelDraws(data, 0).erased(batch.ids.numpy(), 1)
+    boxes = PixelDraws(data, 0).erased(batch.ids.numpy(), 1, 8)
     assert boxes is not None and 0 < (boxes[:, 2] > 0).sum() < len(boxes)
     expected = step.normalize(batch.images).clone()
     for row, (top, left, height, width) in enumerate(boxes.tolist()):
@@ -198,3 +199,21 @@ def test_validation_images_are_not_augmented(shards: Path, tmp_path: Path) -> No
         scores.append(row["val/loss"])
     assert scores[0] == scores[1]
     assert np.isfinite(scores).all()
+
+
+def test_strengths_and_boxes_follow_the_side_of_a_batchs_images() -> None:
+    """Of one configuration: batches may have images of another side than data.image_size."""
+    batch, draws = make_batch(dataclasses.replace(EVERYTHING, image_size=40), 60), PixelDraws(EVERYTHING, 0)
+    ids, augmented = batch.ids.numpy(), Augmenter(EVERYTHING, 0, CPU)(batch, 0)
+    boxes = draws.erased(ids, 0, 40)
+    assert boxes is not None and boxes[:, 2:].max() > EVERYTHING.image_size
+    assert augmented.erased is not None and augmented.erased.tolist() == boxes.tolist()
+    by_side = {}
+    for side in (17, 40):
+        images = batch.images.clone()
+        for each in draws.rounds(ids, 0, side):
+            order = np.argsort(each.kernels, kind="stable")
+            transform(images, each.kernels, torch.from_numpy(order), torch.from_numpy(each.parameters[order]))
+        by_side[side] = images
+    assert torch.equal(augmented.images, by_side[40])
+    assert not torch.equal(by_side[17], by_side[40])

@@ -15,7 +15,7 @@ from ast_dist.data.pixel_draws import Kernel, PixelDraws, Space
 
 SIDE = 40
 JITTER = (0.4, 1.5, 0.3, 0.1)
-EVERYTHING = {"image_size": SIDE, "color_jitter": JITTER, "erase_share": 0.5}
+EVERYTHING = {"color_jitter": JITTER, "erase_share": 0.5}
 RANDAUGMENT = DataConfig(auto_augment="randaugment", randaugment_ops=3, **EVERYTHING)
 TRIVIALAUGMENT = DataConfig(auto_augment="trivialaugment", **EVERYTHING)
 CONFIGS = [RANDAUGMENT, TRIVIALAUGMENT]
@@ -26,8 +26,8 @@ COUNT = 8000
 def drawn(config, ids, epoch=0, seed=0):
     """All that is drawn, each round and the boxes as an array with a row for each id."""
     draws = PixelDraws(config, seed)
-    rounds = [np.column_stack([each.kernels, each.parameters]) for each in draws.rounds(ids, epoch)]
-    return [*rounds, draws.erased(ids, epoch)]
+    rounds = [np.column_stack([each.kernels, each.parameters]) for each in draws.rounds(ids, epoch, SIDE)]
+    return [*rounds, draws.erased(ids, epoch, SIDE)]
 
 
 def kolmogorov_smirnov(ours, theirs):
@@ -70,8 +70,8 @@ def test_epochs_and_seeds_draw_anew(config):
 
 def test_nothing_is_drawn_where_all_is_off():
     draws = PixelDraws(DataConfig(), 0)
-    assert draws.rounds(np.arange(5), 0) == []
-    assert draws.erased(np.arange(5), 0) is None
+    assert draws.rounds(np.arange(5), 0, SIDE) == []
+    assert draws.erased(np.arange(5), 0, SIDE) is None
 
 
 @pytest.mark.parametrize("kind", AUTO)
@@ -100,14 +100,14 @@ def test_operations_strengths_and_signs_have_torchvisions_distribution(kind):
                 row = space.look_up(np.array([operation]), np.array([strength]), np.array([is_negative]))
                 table[name, magnitude] = (row.kernels[0], *row.parameters[0])
     assert len(found) == rounds * COUNT
-    config = DataConfig(image_size=SIDE, auto_augment=kind, randaugment_ops=rounds)
-    for number, each in enumerate(PixelDraws(config, 7).rounds(np.arange(COUNT), 3)):
+    config = DataConfig(auto_augment=kind, randaugment_ops=rounds)
+    for number, each in enumerate(PixelDraws(config, 7).rounds(np.arange(COUNT), 3, SIDE)):
         ours = Counter((kernel, *row) for kernel, row in zip(each.kernels, each.parameters.tolist(), strict=True))
         assert chi_square_holds(ours, Counter(table[one] for one in found[number::rounds]))
 
 
 def test_the_operations_of_one_image_are_drawn_apart():
-    first, second, third = PixelDraws(RANDAUGMENT, 0).rounds(np.arange(COUNT), 0)[:3]
+    first, second, third = PixelDraws(RANDAUGMENT, 0).rounds(np.arange(COUNT), 0, SIDE)[:3]
     for a, b in ((first, second), (second, third), (first, third)):
         # Five of the 14 are affine; the other nine each have a kernel of their own.
         assert abs((a.kernels == b.kernels).mean() - (5**2 + 9) / 14**2) < 0.02
@@ -116,7 +116,7 @@ def test_the_operations_of_one_image_are_drawn_apart():
 def test_randaugment_uses_its_magnitude_and_number_of_operations():
     for magnitude in (0, 30):
         config = DataConfig(auto_augment="randaugment", randaugment_magnitude=magnitude, randaugment_ops=3)
-        rounds = PixelDraws(config, 0).rounds(np.arange(500), 0)
+        rounds = PixelDraws(config, 0).rounds(np.arange(500), 0, SIDE)
         assert len(rounds) == 3
         factors = rounds[0].parameters[rounds[0].kernels == Kernel.SHARPNESS, 0]
         np.testing.assert_allclose(np.unique(factors), [1.0] if magnitude == 0 else [0.1, 1.9], rtol=1e-6)
@@ -126,7 +126,7 @@ def test_colour_jitter_has_torchvisions_distribution_in_factors_and_order():
     theirs, image = v2.ColorJitter(*JITTER), torch.zeros(3, 1, 1)
     torch.manual_seed(0)
     made = [theirs.make_params([image]) for _ in range(COUNT)]
-    rounds = PixelDraws(DataConfig(color_jitter=JITTER), 5).rounds(np.arange(COUNT), 2)
+    rounds = PixelDraws(DataConfig(color_jitter=JITTER), 5).rounds(np.arange(COUNT), 2, SIDE)
     assert len(rounds) == 4
     kernels = np.stack([each.kernels for each in rounds], axis=1)
     factors = np.stack([each.parameters[:, 0] for each in rounds], axis=1)
@@ -145,7 +145,7 @@ def test_colour_jitter_has_torchvisions_distribution_in_factors_and_order():
 
 
 def test_a_change_of_strength_0_is_left_out():
-    rounds = PixelDraws(DataConfig(color_jitter=(0.4, 0.0, 0.0, 0.1)), 0).rounds(np.arange(300), 0)
+    rounds = PixelDraws(DataConfig(color_jitter=(0.4, 0.0, 0.0, 0.1)), 0).rounds(np.arange(300), 0, SIDE)
     assert len(rounds) == 2
     assert {*np.unique([each.kernels for each in rounds])} == {Kernel.BRIGHTNESS, Kernel.HUE}
 
@@ -157,8 +157,8 @@ def test_erased_boxes_have_torchvisions_distribution(scale, ratio):
     theirs, image = v2.RandomErasing(1.0, scale, ratio), torch.zeros(3, SIDE, SIDE)
     made = [theirs.make_params([image]) for _ in range(COUNT)]
     expected = np.array([[one[key] if one["v"] is not None else 0 for key in ("i", "j", "h", "w")] for one in made])
-    config = DataConfig(image_size=SIDE, erase_share=1.0, erase_scale=scale, erase_ratio=ratio)
-    boxes = PixelDraws(config, 3).erased(np.arange(COUNT), 1)
+    config = DataConfig(erase_share=1.0, erase_scale=scale, erase_ratio=ratio)
+    boxes = PixelDraws(config, 3).erased(np.arange(COUNT), 1, SIDE)
     for statistic in (
         *(lambda b, column=column: b[:, column] for column in range(4)),
         lambda b: b[:, 2] * b[:, 3],
@@ -170,6 +170,6 @@ def test_erased_boxes_have_torchvisions_distribution(scale, ratio):
 
 @pytest.mark.parametrize("share", [0.1, 0.7])
 def test_a_share_of_the_images_is_erased(share):
-    boxes = PixelDraws(DataConfig(image_size=SIDE, erase_share=share), 0).erased(np.arange(COUNT), 0)
+    boxes = PixelDraws(DataConfig(erase_share=share), 0).erased(np.arange(COUNT), 0, SIDE)
     assert abs((boxes[:, 2] > 0).mean() - share) < 0.02
     assert (boxes[boxes[:, 2] == 0] == 0).all()

@@ -53,12 +53,18 @@ class PixelDraws:
     def __init__(self, config: DataConfig, seed: int) -> None:
         self._config = config
         self._seed = seed
-        self._space = None if config.auto_augment == "none" else Space(config.auto_augment, config.image_size)
+        self._spaces: dict[int, Space] = {}  # by the images' side
 
-    def rounds(self, ids: np.ndarray, epoch: int) -> list[Round]:
-        """The operations on uint8 pixels, in their order: auto-augmentation, then colour jitter. ids: (n,) integers."""
+    def rounds(self, ids: np.ndarray, epoch: int, side: int) -> list[Round]:
+        """The operations on uint8 pixels, in their order: auto-augmentation, then colour jitter.
+
+        ids: (n,) integers. side: of the square images, pixels.
+        """
         rounds = []
-        if self._space is not None:
+        if self._config.auto_augment != "none":
+            if side not in self._spaces:
+                self._spaces[side] = Space(self._config.auto_augment, side)
+            space = self._spaces[side]
             is_randaugment = self._config.auto_augment == "randaugment"
             for number in range(self._config.randaugment_ops if is_randaugment else 1):
                 key = (STREAM_AUTO_AUGMENT, self._seed, epoch, number)
@@ -66,17 +72,17 @@ class PixelDraws:
                 bins = np.floor(strength * _BINS).astype(np.int64)
                 if is_randaugment:
                     bins = np.full(len(ids), self._config.randaugment_magnitude)
-                operations = np.floor(which * len(self._space.names)).astype(np.int64)
-                rounds.append(self._space.look_up(operations, bins, sign < 0.5))
+                operations = np.floor(which * len(space.names)).astype(np.int64)
+                rounds.append(space.look_up(operations, bins, sign < 0.5))
         return rounds + self._jitter(ids, epoch)
 
-    def erased(self, ids: np.ndarray, epoch: int) -> np.ndarray | None:
-        """The box of each image that is erased, (n, 4) int64: top, left, height, width, all 0 for none.
+    def erased(self, ids: np.ndarray, epoch: int, side: int) -> np.ndarray | None:
+        """The box that is erased of each image of `side` pixels: top, left, height, width, all 0 for none.
 
-        Returns None where random erasing is off. As in torchvision, a box of the image's full height or width is
-        drawn anew, and after ten tries nothing is erased.
+        Returns (n, 4) int64, or None where random erasing is off. As in torchvision, a box of the image's full height
+        or width is drawn anew, and after ten tries nothing is erased.
         """
-        config, side, key = self._config, self._config.image_size, (STREAM_ERASE, self._seed, epoch)
+        config, key = self._config, (STREAM_ERASE, self._seed, epoch)
         if config.erase_share == 0.0:
             return None
         boxes = np.zeros((len(ids), 4), dtype=np.int64)
