@@ -9,109 +9,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ast_dist.errors import UserError
-
-
-def _require(holds: bool, message: str) -> None:
-    if not holds:
-        raise UserError(message)
-
-
-def _require_share(name: str, value: float) -> None:
-    _require(0.0 <= value <= 1.0, f"{name} is {value:g}, but a share lies in 0 … 1.")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    train: str = ""
-    """Folder or URL (s3://, gs://, hf://, https://) of the training shards (it holds manifest.json)."""
-    val: str = ""
-    """Folder or URL of the validation shards."""
-    decoder: Literal["auto", "dali", "torch"] = "auto"
-    """What decodes images: NVIDIA DALI or torchvision; auto takes the best that works here and says which."""
-    shuffle_block_shards: int = -1
-    """Shards that are shuffled at a time, 0 for all; -1 takes 8 behind a URL or above 16 million samples, else 0."""
-    cache: Literal["auto", "ram", "none"] = "auto"
-    """Keep decoded uint8 images in memory after the first pass: auto does so when they fit in cache_mb."""
-    cache_mb: int = 2048
-    """Memory that the cache may take, MB, per rank and split."""
-    image_size: int = 224
-    """Side of the square images that the model sees, pixels."""
-    crop: Literal["resized", "padded", "none"] = "resized"
-    """Training crop: random resized crop (ImageNet), shift by up to crop_pad_px (CIFAR), or the centre."""
-    crop_scale_min: float = 0.08
-    """Smallest share of the image's area that a resized crop takes."""
-    crop_pad_px: int = 4
-    """Largest shift of a padded crop, in pixels of the stored image."""
-    flip: bool = True
-    """Mirror half of the training images."""
-    auto_augment: Literal["none", "randaugment", "trivialaugment"] = "none"
-    """Operations drawn for each training image from a list of 14, as in torchvision: RandAugment or TrivialAugment."""
-    randaugment_ops: int = 2
-    """randaugment: operations on each image, one after another."""
-    randaugment_magnitude: int = 9
-    """randaugment: strength of all its operations, 0 to 30."""
-    color_jitter: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)
-    """Largest change of brightness, contrast, saturation (about a factor of 1) and hue (in turns, up to 0.5)."""
-    erase_share: float = 0.0
-    """Chance that a box of a training image is set to data.mean (random erasing); 0 is off."""
-    erase_scale: tuple[float, float] = (0.02, 0.33)
-    """Least and largest share of the image's area that the erased box takes."""
-    erase_ratio: tuple[float, float] = (0.3, 3.3)
-    """Least and largest height / width of the erased box."""
-    val_crop_ratio: float = 0.875
-    """Share of the short side that the central validation crop takes."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    """Channel means subtracted on the device, for pixels in 0 … 1."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
-    """Channel standard deviations divided by on the device."""
-    threads: int = 0
-    """Decoding threads per rank; 0 shares the host's cores among its ranks."""
-    prefetch_batches: int = 4
-    """Batches read and decoded ahead of the step."""
-    shard_cache_gb: float = 20.0
-    """Disk space that fetched shards may take on each host, GB; the least recently used ones make room."""
-    shard_cache_dir: str = ""
-    """Folder of fetched shards, on a local disk; unless given, ast_dist in the user's cache folder."""
-    damaged_limit: float = 0.0001
-    """Share of an epoch's samples (and at least one) that may fail to decode before the run stops with their list."""
-
-    def __post_init__(self) -> None:
-        _require(self.image_size >= 1, f"data.image_size is {self.image_size}, but must be at least 1 pixel.")
-        _require(0.0 < self.crop_scale_min <= 1.0, f"data.crop_scale_min is {self.crop_scale_min:g}, not in (0, 1].")
-        _require(0.0 < self.val_crop_ratio <= 1.0, f"data.val_crop_ratio is {self.val_crop_ratio:g}, not in (0, 1].")
-        _require(
-            self.shuffle_block_shards >= -1,
-            f"data.shuffle_block_shards is {self.shuffle_block_shards}, but must be at least -1 (-1 = automatic).",
-        )
-        _require(self.crop_pad_px >= 0, f"data.crop_pad_px is {self.crop_pad_px}, but must be at least 0.")
-        _require(self.threads >= 0, f"data.threads is {self.threads}, but must be at least 0 (0 = automatic).")
-        _require(self.prefetch_batches >= 1, f"data.prefetch_batches is {self.prefetch_batches}, must be at least 1.")
-        _require(
-            0.0 < self.shard_cache_gb < math.inf, f"data.shard_cache_gb is {self.shard_cache_gb:g}, must be above 0."
-        )
-        _require(all(s > 0 for s in self.std), f"data.std is {self.std}, but every value must be above 0.")
-        _require_share("data.damaged_limit", self.damaged_limit)
-        self._require_augmentation()
-
-    def _require_augmentation(self) -> None:
-        _require(self.randaugment_ops >= 1, f"data.randaugment_ops is {self.randaugment_ops}, must be at least 1.")
-        magnitude = self.randaugment_magnitude
-        _require(0 <= magnitude <= 30, f"data.randaugment_magnitude is {magnitude}, not in 0 … 30.")
-        for name, strength in zip(("brightness", "contrast", "saturation", "hue"), self.color_jitter, strict=True):
-            most = 0.5 if name == "hue" else math.inf
-            _require(
-                0.0 <= strength <= most and math.isfinite(strength),
-                f"data.color_jitter is {self.color_jitter}: {name} is {strength:g}, but must be "
-                + ("in 0 … 0.5." if name == "hue" else "at least 0 and finite."),
-            )
-        _require_share("data.erase_share", self.erase_share)
-        low, high = self.erase_scale
-        _require(0.0 <= low <= high <= 1.0, f"data.erase_scale is {self.erase_scale}: needs 0 ≤ least ≤ largest ≤ 1.")
-        low, high = self.erase_ratio
-        _require(
-            0.0 < low <= high < math.inf, f"data.erase_ratio is {self.erase_ratio}: needs 0 < least ≤ largest, finite."
-        )
+from ast_dist.data_config import DataConfig as DataConfig
+from ast_dist.errors import UserError, require, require_share
 
 
 @dataclass(frozen=True)
@@ -130,8 +29,8 @@ class ModelConfig:
     """Keep images and weights in channels_last memory format."""
 
     def __post_init__(self) -> None:
-        _require(self.num_classes >= 0, f"model.num_classes is {self.num_classes}, but must be at least 0.")
-        _require(
+        require(self.num_classes >= 0, f"model.num_classes is {self.num_classes}, but must be at least 0.")
+        require(
             self.width >= 8 and self.width % 8 == 0,
             f"model.width is {self.width}, but must be a multiple of 8, at least 8.",
         )
@@ -163,16 +62,16 @@ class OptimConfig:
     """Largest L2 norm of the gradient; 0 does not clip."""
 
     def __post_init__(self) -> None:
-        _require(self.lr > 0, f"optim.lr is {self.lr:g}, but must be above 0.")
-        _require(0.0 <= self.momentum < 1.0, f"optim.momentum is {self.momentum:g}, not in [0, 1).")
-        _require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay:g}, but must be at least 0.")
-        _require(self.warmup_epochs >= 0, f"optim.warmup_epochs is {self.warmup_epochs:g}, must be at least 0.")
-        _require(0.0 <= self.label_smoothing < 1.0, f"optim.label_smoothing is {self.label_smoothing:g}, not in [0, 1)")
-        _require(self.clip_grad_norm >= 0, f"optim.clip_grad_norm is {self.clip_grad_norm:g}, must be at least 0.")
+        require(self.lr > 0, f"optim.lr is {self.lr:g}, but must be above 0.")
+        require(0.0 <= self.momentum < 1.0, f"optim.momentum is {self.momentum:g}, not in [0, 1).")
+        require(self.weight_decay >= 0, f"optim.weight_decay is {self.weight_decay:g}, but must be at least 0.")
+        require(self.warmup_epochs >= 0, f"optim.warmup_epochs is {self.warmup_epochs:g}, must be at least 0.")
+        require(0.0 <= self.label_smoothing < 1.0, f"optim.label_smoothing is {self.label_smoothing:g}, not in [0, 1)")
+        require(self.clip_grad_norm >= 0, f"optim.clip_grad_norm is {self.clip_grad_norm:g}, must be at least 0.")
         for name in ("mixup_alpha", "cutmix_alpha"):
             value = getattr(self, name)
-            _require(0.0 <= value <= 4.0, f"optim.{name} is {value:g}, not in 0 … 4; published recipes use 0.2 to 1.")
-        _require_share("optim.mix_share", self.mix_share)
+            require(0.0 <= value <= 4.0, f"optim.{name} is {value:g}, not in 0 … 4; published recipes use 0.2 to 1.")
+        require_share("optim.mix_share", self.mix_share)
 
 
 POLICY_NAMES = ("sundew", "online", "full", "short", "random", "infobatch", "selective_backprop")
@@ -222,42 +121,40 @@ class GateConfig:
 
     def __post_init__(self) -> None:
         _require_policy_name(self.policy)
-        _require(0.0 < self.target_rate <= 1.0, f"gate.target_rate is {self.target_rate:g}, not in (0, 1].")
+        require(0.0 < self.target_rate <= 1.0, f"gate.target_rate is {self.target_rate:g}, not in (0, 1].")
         lowest, highest = self.target_rate - self.rate_fall / 2, self.target_rate + self.rate_fall / 2
-        _require(
+        require(
             self.rate_fall == 0.0 or (min(lowest, highest) > 0.0 and max(lowest, highest) <= 1.0),
             f"gate.rate_fall is {self.rate_fall:g}: rates would go from {highest:g} to {lowest:g}, not in (0, 1]. "
             f"With gate.target_rate {self.target_rate:g} it may be "
             f"{2 * min(self.target_rate, 1.0 - self.target_rate):g} at most.",
         )
         # No other policy has this random share.
-        _require(
+        require(
             0.0 <= self.p_min <= min(lowest, highest) + 1e-12 or self.policy not in ("sundew", "online"),
             f"gate.p_min is {self.p_min:g}, but must lie in 0 … {min(lowest, highest):g}, the lowest rate, since the "
             "random share is part of the target. Lower gate.p_min or raise gate.target_rate.",
         )
-        _require(0.0 <= self.p_min <= 1.0, f"gate.p_min is {self.p_min:g}, not in [0, 1].")
-        _require(self.weight_cap >= 1.0, f"gate.weight_cap is {self.weight_cap:g}, but must be at least 1.")
-        _require(self.warmup_epochs >= 0, f"gate.warmup_epochs is {self.warmup_epochs}, but must be at least 0.")
+        require(0.0 <= self.p_min <= 1.0, f"gate.p_min is {self.p_min:g}, not in [0, 1].")
+        require(self.weight_cap >= 1.0, f"gate.weight_cap is {self.weight_cap:g}, but must be at least 1.")
+        require(self.warmup_epochs >= 0, f"gate.warmup_epochs is {self.warmup_epochs}, but must be at least 0.")
         for name in ("anneal_share", "infobatch_anneal_share", "class_floor"):
-            _require_share(f"gate.{name}", getattr(self, name))
-        _require(
-            0.0 <= self.hard_tail_share < 0.5, f"gate.hard_tail_share is {self.hard_tail_share:g}, not in [0, 0.5)"
-        )
-        _require(self.hard_tail_visits >= 2, f"gate.hard_tail_visits is {self.hard_tail_visits}, must be at least 2.")
-        _require(0.0 <= self.memory_decay < 1.0, f"gate.memory_decay is {self.memory_decay:g}, not in [0, 1).")
+            require_share(f"gate.{name}", getattr(self, name))
+        require(0.0 <= self.hard_tail_share < 0.5, f"gate.hard_tail_share is {self.hard_tail_share:g}, not in [0, 0.5)")
+        require(self.hard_tail_visits >= 2, f"gate.hard_tail_visits is {self.hard_tail_visits}, must be at least 2.")
+        require(0.0 <= self.memory_decay < 1.0, f"gate.memory_decay is {self.memory_decay:g}, not in [0, 1).")
         for name in ("ki", "loss_weight", "entropy_weight"):
             value = getattr(self, name)
-            _require(
+            require(
                 value >= 0 and math.isfinite(value), f"gate.{name} is {value:g}, but must be at least 0 and finite."
             )
-        _require(
+        require(
             self.loss_weight + self.entropy_weight > 0,
             "gate.loss_weight and gate.entropy_weight are both 0, and every sample would count the same. Raise one.",
         )
-        _require(self.scoring_px >= 0, f"gate.scoring_px is {self.scoring_px}, but must be at least 0.")
-        _require(0.0 <= self.prune_ratio < 1.0, f"gate.prune_ratio is {self.prune_ratio:g}, not in [0, 1).")
-        _require(self.loss_history >= 1, f"gate.loss_history is {self.loss_history}, but must be at least 1.")
+        require(self.scoring_px >= 0, f"gate.scoring_px is {self.scoring_px}, but must be at least 0.")
+        require(0.0 <= self.prune_ratio < 1.0, f"gate.prune_ratio is {self.prune_ratio:g}, not in [0, 1).")
+        require(self.loss_history >= 1, f"gate.loss_history is {self.loss_history}, but must be at least 1.")
 
 
 def _require_policy_name(name: str) -> None:
@@ -287,9 +184,9 @@ class LoopConfig:
     """Epochs between evaluations; the last epoch is always evaluated."""
 
     def __post_init__(self) -> None:
-        _require(self.epochs >= 1, f"loop.epochs is {self.epochs}, but must be at least 1.")
-        _require(self.global_batch_size >= 1, f"loop.global_batch_size is {self.global_batch_size}, must be at least 1")
-        _require(self.eval_every_epochs >= 1, f"loop.eval_every_epochs is {self.eval_every_epochs}, must be at least 1")
+        require(self.epochs >= 1, f"loop.epochs is {self.epochs}, but must be at least 1.")
+        require(self.global_batch_size >= 1, f"loop.global_batch_size is {self.global_batch_size}, must be at least 1")
+        require(self.eval_every_epochs >= 1, f"loop.eval_every_epochs is {self.eval_every_epochs}, must be at least 1")
 
 
 @dataclass(frozen=True)
@@ -304,10 +201,10 @@ class CheckpointConfig:
     """Seconds after SIGTERM in which the save must be done; then the worker ends by itself."""
 
     def __post_init__(self) -> None:
-        _require(self.every_s >= 0, f"checkpoint.every_s is {self.every_s:g}, but must be at least 0.")
-        _require(self.every_steps >= 0, f"checkpoint.every_steps is {self.every_steps}, but must be at least 0.")
-        _require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}, but must be at least 1.")
-        _require(self.grace_s > 0, f"checkpoint.grace_s is {self.grace_s:g}, but must be above 0.")
+        require(self.every_s >= 0, f"checkpoint.every_s is {self.every_s:g}, but must be at least 0.")
+        require(self.every_steps >= 0, f"checkpoint.every_steps is {self.every_steps}, but must be at least 0.")
+        require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}, but must be at least 1.")
+        require(self.grace_s > 0, f"checkpoint.grace_s is {self.grace_s:g}, but must be above 0.")
 
 
 @dataclass(frozen=True)
@@ -316,7 +213,7 @@ class SessionConfig:
     """Hours after which this session saves and ends with exit code 0, more to do; 0 has no limit."""
 
     def __post_init__(self) -> None:
-        _require(self.hours >= 0, f"session.hours is {self.hours:g}, but must be at least 0 (0 = no limit).")
+        require(self.hours >= 0, f"session.hours is {self.hours:g}, but must be at least 0 (0 = no limit).")
 
 
 @dataclass(frozen=True)
@@ -333,7 +230,7 @@ class TrackConfig:
     """W&B project of the run."""
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 1, f"track.every_steps is {self.every_steps}, but must be at least 1.")
+        require(self.every_steps >= 1, f"track.every_steps is {self.every_steps}, but must be at least 1.")
 
 
 @dataclass(frozen=True)
@@ -362,14 +259,14 @@ class Config:
     track: TrackConfig = field(default_factory=TrackConfig)
 
     def __post_init__(self) -> None:
-        _require(bool(self.run_dir), "--run-dir is missing. Name the folder of the run, for instance --run-dir runs/1.")
+        require(bool(self.run_dir), "--run-dir is missing. Name the folder of the run, for instance --run-dir runs/1.")
         for name in ("train", "val"):
-            _require(
+            require(
                 bool(getattr(self.data, name)),
                 f"--data.{name} is missing. Name the folder or URL of its shards.",
             )
         mixes = max(self.optim.mixup_alpha, self.optim.cutmix_alpha) > 0
-        _require(
+        require(
             not (mixes and self.optim.mix_share == 1.0 and self.gate.policy in REMEMBERING_POLICIES),
             f"optim.mix_share is 1, but gate.policy {self.gate.policy} selects by what it remembers of steps that are "
             "not mixed, and there would be none. Lower optim.mix_share, to 0.5 for instance, or use another policy.",

@@ -18,6 +18,17 @@ class RankError(UserError):
     """A UserError that one rank may meet alone, in the middle of a run: whoever meets it prints it."""
 
 
+def require(holds: bool, message: str) -> None:
+    """Raise a UserError with `message` unless `holds`."""
+    if not holds:
+        raise UserError(message)
+
+
+def require_share(name: str, value: float) -> None:
+    """Raise a UserError unless a setting lies in 0 … 1."""
+    require(0.0 <= value <= 1.0, f"{name} is {value:g}, but a share lies in 0 … 1.")
+
+
 def described(error: BaseException) -> str:
     """An error's type and message in one line."""
     text = " ".join(str(error).split())

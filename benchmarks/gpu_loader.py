@@ -18,11 +18,11 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
 from torchvision.transforms.v2 import functional as transforms
 
-from ast_dist.config import DataConfig
 from ast_dist.data.augment import Crops, train_crops
 from ast_dist.data.index import Index
 from ast_dist.data.order import epoch_order, step_ids
 from ast_dist.data.read import Reader
+from ast_dist.data_config import DataConfig
 from benchmarks.loaders.source import is_installed
 from benchmarks.loaders.usage import cpu_s
 from benchmarks.timing import synchronize

@@ -3,9 +3,9 @@
 import hashlib
 import sys
 
-from ast_dist.config import DataConfig
 from ast_dist.data import shard_cache
 from ast_dist.data.remote import open_index, open_reader
+from ast_dist.data_config import DataConfig
 
 
 def main(url: str, folder: str, piece_bytes: str) -> None:

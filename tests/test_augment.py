@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from ast_dist.config import DataConfig
 from ast_dist.data.augment import central_boxes, train_crops, val_crops
+from ast_dist.data_config import DataConfig
 
 RESIZED = DataConfig(crop="resized", crop_scale_min=0.08)
 PADDED = DataConfig(crop="padded", crop_pad_px=4)

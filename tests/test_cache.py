@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from ast_dist.config import DataConfig
 from ast_dist.data.cache import DecodedCache, make_cache
+from ast_dist.data_config import DataConfig
 from ast_dist.errors import UserError
 from tests.shards import photos, squares, write_split
 

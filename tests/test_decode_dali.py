@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.v2 import functional as transforms
 
-from ast_dist.config import DataConfig
 from ast_dist.data.decode_torch import TorchDecoder, decode
 from ast_dist.data.encoded import Encoded
 from ast_dist.data.loader import Loader
 from ast_dist.data.order import Plan
 from ast_dist.data.read import DamagedSampleError
 from ast_dist.data.resize import Box
+from ast_dist.data_config import DataConfig
 from tests.shards import photos, write_split
 
 dali = pytest.importorskip("ast_dist.data.decode_dali")

@@ -11,12 +11,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ast_dist.config import DataConfig
 from ast_dist.data.augment import train_crops, val_crops
 from ast_dist.data.decode_torch import decode
 from ast_dist.data.loader import Loader
 from ast_dist.data.order import Plan, epoch_order
 from ast_dist.data.resize import crop_resize
+from ast_dist.data_config import DataConfig
 from tests.shards import open_shards, overwrite, photos, restate, squares, write_split
 
 SIZE = 12

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from ast_dist.config import DataConfig
 from ast_dist.data.index import FIELDS, Index, write_index, write_manifest
 from ast_dist.data.loader import Loader
 from ast_dist.data.order import Plan, epoch_order
+from ast_dist.data_config import DataConfig
 from tests.shards import photos, write_split
 
 COUNT = 24

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import v2
 
-from ast_dist.config import DataConfig
 from ast_dist.counter_rng import STREAM_FLIP, uniform
 from ast_dist.data.pixel_draws import Kernel, PixelDraws, Space
+from ast_dist.data_config import DataConfig
 
 SIDE = 40
 JITTER = (0.4, 1.5, 0.3, 0.1)

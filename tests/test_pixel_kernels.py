@@ -10,10 +10,10 @@ from torchvision.transforms import InterpolationMode, v2
 import ast_dist.augmenter
 import ast_dist.data.batch
 from ast_dist.augmenter import Augmenter
-from ast_dist.config import DataConfig
 from ast_dist.data.loader import Batch
 from ast_dist.data.pixel_draws import Kernel, Round, Space
 from ast_dist.data.pixel_kernels import erase, transform
+from ast_dist.data_config import DataConfig
 
 BINS = 31
 # Below 9 pixels torch takes a matrix product without fused additions, and a pixel may be one off.

@@ -12,11 +12,11 @@ import fsspec
 import numpy as np
 import pytest
 
-from ast_dist.config import DataConfig
 from ast_dist.data import remote
 from ast_dist.data.index import MANIFEST_NAME, Index, field_path, file_sha256, write_manifest
 from ast_dist.data.read import DamagedSampleError
 from ast_dist.data.remote import RemoteError, RemoteFiles, cache_folder, open_index, open_reader
+from ast_dist.data_config import DataConfig
 from ast_dist.errors import RankError, UserError
 from tests.servers import s3_bucket, serving
 from tests.shards import overwrite, squares, write_split

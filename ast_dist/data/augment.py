@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ast_dist.config import DataConfig
 from ast_dist.counter_rng import STREAM_CROP, STREAM_FLIP, uniform
+from ast_dist.data_config import DataConfig
 
 _TRIES = 10
 _RATIO = (3 / 4, 4 / 3)

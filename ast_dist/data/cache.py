@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from ast_dist.config import DataConfig
 from ast_dist.data.index import Index
+from ast_dist.data_config import DataConfig
 from ast_dist.errors import UserError
 
 

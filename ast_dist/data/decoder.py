@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from ast_dist.config import DataConfig
 from ast_dist.data.decode_torch import TorchDecoder
 from ast_dist.data.encoded import Encoded
 from ast_dist.data.read import DamagedSampleError
 from ast_dist.data.resize import Box
+from ast_dist.data_config import DataConfig
 from ast_dist.errors import UserError
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ast_dist.config import DataConfig
 from ast_dist.data import augment
 from ast_dist.data.batch import MIN_ROWS, Batch, upload
 from ast_dist.data.cache import make_cache
@@ -29,6 +28,7 @@ from ast_dist.data.order import Plan, rank_share, step_ids
 from ast_dist.data.read import DamagedSampleError
 from ast_dist.data.remote import open_reader
 from ast_dist.data.resize import Box, cut, resize_region
+from ast_dist.data_config import DataConfig
 
 __all__ = ["MIN_ROWS", "Batch", "Loader", "upload"]
 

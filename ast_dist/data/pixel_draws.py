@@ -12,8 +12,8 @@ from enum import IntEnum
 import numpy as np
 import torch
 
-from ast_dist.config import DataConfig
 from ast_dist.counter_rng import STREAM_AUTO_AUGMENT, STREAM_ERASE, STREAM_JITTER, uniform
+from ast_dist.data_config import DataConfig
 
 NUM_PARAMETERS = 6
 _BINS = 31  # strengths from nothing to the largest

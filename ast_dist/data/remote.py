@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from ast_dist.config import DataConfig
 from ast_dist.data.index import (
     FIELDS,
     KEYS_NAME,
@@ -40,6 +39,7 @@ from ast_dist.data.index import (
 )
 from ast_dist.data.read import Reader
 from ast_dist.data.shard_cache import ShardCache
+from ast_dist.data_config import DataConfig
 from ast_dist.errors import RankError, UserError, described
 
 SCHEMES = ("s3", "gs", "hf", "https", "http")

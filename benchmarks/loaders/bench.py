@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from ast_dist.config import DataConfig
 from ast_dist.data.index import Index
+from ast_dist.data_config import DataConfig
 from benchmarks.loaders.data import copy_images, once, shard_set
 from benchmarks.loaders.limits import best_decoder
 from benchmarks.loaders.rows import DECODE_LIMIT, Result, Task, all_rows

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 
 from ast_dist.allocator import keep_freed_memory
-from ast_dist.config import DataConfig
 from ast_dist.data.index import Index
 from ast_dist.data.loader import Loader
 from ast_dist.data.order import Plan, epoch_order
+from ast_dist.data_config import DataConfig
 from ast_dist.model import Normalize
 from benchmarks.loaders.source import SEED, Batches, Job, Source
 
