@@ -3,13 +3,13 @@
 import hashlib
 import os
 import tarfile
-import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ast_dist.data.checksum import crc32
 from ast_dist.data.index import FIELDS, KEYS_NAME, load_field
 from data_prep.dali_index import Member, dali_index
 from data_prep.image import DamagedImage, decode_rgb
@@ -165,9 +165,9 @@ def ends(names: list[str]) -> str:
 
 def fault_of_bytes(data: bytes, fields: dict[str, np.ndarray], row: int, decode: bool) -> str:
     """What is wrong with a sample's bytes; empty when nothing is."""
-    crc32, stated = zlib.crc32(data), int(fields["crc32"][row])
-    if crc32 != stated:
-        return f"damaged, CRC-32 is {crc32:08x}, but the index states {stated:08x}"
+    found, stated = crc32(data), int(fields["crc32"][row])
+    if found != stated:
+        return f"damaged, CRC-32 is {found:08x}, but the index states {stated:08x}"
     if decode:
         try:
             height, width = decode_rgb(data).shape[:2]

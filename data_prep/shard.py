@@ -3,7 +3,6 @@
 import hashlib
 import json
 import zipfile
-import zlib
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from ast_dist.data.checksum import crc32
 from ast_dist.data.index import replaced_file
 from ast_dist.errors import UserError
 from data_prep.dali_index import Member, dali_index
@@ -127,7 +127,7 @@ def write_shard(task: ShardTask) -> ShardRecord:
                 Member(f"{key}.cls", cls_offset, len(cls)),
                 Member(f"{key}.{image.extension}", offset, len(image.data)),
             ]
-            row = (offset, len(image.data), label, image.height, image.width, zlib.crc32(image.data))
+            row = (offset, len(image.data), label, image.height, image.width, crc32(image.data))
             for field, value in zip(FIELDS, row, strict=True):
                 rows[field].append(value)
             keys.append(key.encode("ascii"))

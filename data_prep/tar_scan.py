@@ -13,7 +13,6 @@ import itertools
 import json
 import re
 import tarfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
+from ast_dist.data.checksum import crc32
 from ast_dist.errors import UserError
 from data_prep.dali_index import Member
 from data_prep.facts import DECODED_SUFFIXES, ImageFacts, image_facts
@@ -176,7 +176,7 @@ def _part(member: Member, data: bytes) -> _Part:
     role = _role(member.extension)
     if role == "image":
         try:
-            return _Part(member, image_facts(data), zlib.crc32(data), is_image=True)
+            return _Part(member, image_facts(data), crc32(data), is_image=True)
         except DamagedImage as error:
             return _Part(member, fault=str(error), is_image=True)
     if role == "cls":

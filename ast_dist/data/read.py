@@ -14,7 +14,6 @@ import itertools
 import os
 import threading
 import time
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import TypeVar
 
 import numpy as np
 
+from ast_dist.data.checksum import crc32
 from ast_dist.data.index import Index
 from ast_dist.data.shard_cache import ShardCache
 
@@ -142,7 +142,7 @@ class Reader:
         return self._checked(sample_id, data, stated, where) if stated else data
 
     def _checked(self, sample_id: int, data: bytes, stated: int, where: str) -> bytes:
-        checksum = zlib.crc32(data)
+        checksum = crc32(data)
         if checksum != stated:
             raise DamagedSampleError(
                 sample_id, f"{where} has CRC-32 {checksum:08x}, but the index states {stated:08x}."
