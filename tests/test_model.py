@@ -175,3 +175,15 @@ def test_a_strided_stem_halves_the_side_of_the_first_stage_and_keeps_the_rest():
     assert sizes == {"plain": 32, "strided": 16}
     tails = [[p.shape for p in model.parameters()][-14:] for model in (plain, strided)]
     assert tails[0] == tails[1]
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize("shape", [(5, 3, 160, 200), (40, 3, 32, 32), (1, 3, 400, 400), (0, 3, 8, 8)])
+def test_normalizing_some_images_at_a_time_changes_no_bit(shape, channels_last):
+    config = DataConfig()
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) * 255.0 for values in (config.mean, config.std))
+    expected = (images.float() - mean) * (1.0 / std)
+    normalize = Normalize(config, torch.device("cpu"), channels_last)
+    assert torch.equal(normalize(images), expected)
+    assert torch.equal(normalize(images, torch.bfloat16), expected.bfloat16())
