@@ -31,7 +31,7 @@ from ast_dist.config import Config, differences
 from ast_dist.data.remote import open_index
 from ast_dist.errors import UserError, run_command
 from ast_dist.fault.lease import Lease
-from ast_dist.preflight import check_data
+from ast_dist.preflight import check_data, with_block_shards
 from ast_dist.result_file import describe_result, rounded, write_result
 from ast_dist.track.progress import duration, replace_atomically
 
@@ -189,11 +189,13 @@ def plan(arguments: Arguments) -> Comparison:
     if base.dry_run:
         raise UserError("dry_run: a comparison sets this for each of its runs. Use --dry-run.")
     train, val = open_index(base.data.train, base.data), open_index(base.data.val, base.data)
+    base = with_block_shards(base, train)
     check_data(base, train, val, arguments.processes)
     at_seed_0 = []
     for policy, rate in arguments.cells:
         settings = settings_at_cost(policy, rate, base, train.num_samples)
         words, config = training("--run-dir", str(folder), *settings)
+        config = with_block_shards(config, train)
         at_seed_0.append((policy, rate, words, config, predict(config, train.num_samples)))
     members = []
     for seed in range(arguments.seeds):

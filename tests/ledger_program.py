@@ -3,7 +3,7 @@
 `torchrun … -m tests.ledger_program OUT TRAIN_WORDS…` leaves OUT/rank-R.json. Counted are, of the training split:
 
 - read: preads on the shards' files.
-- decoded: images that torchvision's decoder returned.
+- decoded: images of which DALI's decoder gave a region, or torchvision's the whole.
 - forwarded: rows that entered the model in training mode. Rows that only fill a batch up (padding, damaged samples)
   are copies of another row, or black where a rank has no sample: only distinct rows with a picture on them count.
 - backwarded: rows whose gradient came back to the model's output; what fills up carries no loss, so theirs is zero.
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import ast_dist.train
 import ast_dist.trainer
 from ast_dist.data import decode_torch
+from ast_dist.data.decode_dali import DaliCpuDecoder
 from ast_dist.errors import run_command
 from ast_dist.step import TrainStep
 
@@ -42,6 +43,8 @@ class Counts:
         self._decode_image = decode_torch.decode_image
         set_attribute(os, "pread", self._read)
         set_attribute(decode_torch, "decode_image", self._decode)
+        self._run_dali = DaliCpuDecoder._run
+        set_attribute(DaliCpuDecoder, "_run", lambda decoder, data, boxes: self._decode_regions(decoder, data, boxes))
         set_attribute(ast_dist.trainer, "TrainStep", self._make_step)
 
     def total(self) -> "Counter[str]":
@@ -61,6 +64,11 @@ class Counts:
         if bytes(data.numpy()) in self._shards:
             self._seen.append(("decoded", 1))
         return image
+
+    def _decode_regions(self, decoder: DaliCpuDecoder, data: list[bytes], boxes: Any) -> Any:
+        regions = self._run_dali(decoder, data, boxes)
+        self._seen.extend(("decoded", 1) for encoded in data if encoded in self._shards)
+        return regions
 
     def _make_step(self, *arguments: Any) -> TrainStep:
         """The real step, with a hook on the real model once the trial passes of its start are over."""

@@ -11,10 +11,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from ast_dist.allocator import keep_freed_memory
 from ast_dist.data.augment import train_crops
-from ast_dist.data.decode_torch import crop_resize, decode
+from ast_dist.data.decode_torch import decode
 from ast_dist.data.index import Index
 from ast_dist.data.order import epoch_order, step_ids
 from ast_dist.data.read import Reader
+from ast_dist.data.resize import crop_resize
 from ast_dist.data_config import DataConfig
 from ast_dist.model import Normalize
 from benchmarks.loaders.source import SEED, Batches, Job, Source
