@@ -126,7 +126,7 @@ def wait_until_free(folder: Path) -> None:
 
 
 def test_a_killed_comparison_leaves_no_training_behind(shards: Path, tmp_path: Path) -> None:
-    job = start("-m", "ast_dist.compare", *argv(shards, tmp_path / "out", "--loop.epochs", "3000"))
+    job = start("-m", "ast_dist.compare", *argv(shards, tmp_path / "out", "--loop.epochs", "300"))
     first = tmp_path / "out/runs" / RUNS[0]
     wait_for(lambda: steps_done(first) >= 1, "the first step", job)
     job.kill()
@@ -150,7 +150,7 @@ def test_ctrl_c_and_sigterm_let_the_training_save_and_exit_with_130(
     thread = threading.Thread(target=strike)
     thread.start()
     try:
-        assert run_command(main, argv(shards, tmp_path / "out", "--loop.epochs", "3000")) == 130
+        assert run_command(main, argv(shards, tmp_path / "out", "--loop.epochs", "300")) == 130
     finally:
         is_over.set()
         thread.join()
