@@ -37,6 +37,9 @@ _CPU = torch.device("cpu")
 # Samples after a batch whose remote shards are fetched meanwhile, where the cache has room: a block of shards or two.
 _AHEAD_SAMPLES = 32_768
 
+# Rows that one thread takes at a time: decoding 64 regions at once costs 3 % less than 32, and more would only wait.
+_MOST_ROWS = 64
+
 # ids, heights, widths → crops: a pure function, so that it may be called for any part of a batch.
 _Crops = Callable[[np.ndarray, np.ndarray, np.ndarray], augment.Crops]
 
@@ -94,7 +97,7 @@ class Loader:
             last = (step + 1) * global_batch_size
             ahead = plan.ids[last : last + _AHEAD_SAMPLES] if self.index.is_remote else None
             size = image_size(step) if image_size else self.config.image_size
-            return self._start(step, ids, weights, crops, size, ahead)
+            return self._start(step, ids, weights, crops, size, ahead, step == start_step)
 
         return self._prefetched(map(start, range(start_step, plan.num_steps(global_batch_size))))
 
@@ -110,7 +113,7 @@ class Loader:
             first = step * global_batch_size
             last = min(first + global_batch_size, count)
             ahead = np.arange(last, min(last + _AHEAD_SAMPLES, count)) if self.index.is_remote else None
-            return self._start(step, np.arange(first, last), None, crops, self.config.image_size, ahead)
+            return self._start(step, np.arange(first, last), None, crops, self.config.image_size, ahead, step == 0)
 
         return self._prefetched(map(start, range(-(-count // global_batch_size))))
 
@@ -143,6 +146,7 @@ class Loader:
         crops: _Crops,
         size: int,
         ahead: np.ndarray | None,
+        is_first: bool,
     ) -> "_Pending":
         ids = rank_share(global_ids, self.rank, self.world_size)
         self.reader.will_need(ids if self.cache is None else self.cache.missing(ids), ahead)
@@ -163,7 +167,9 @@ class Loader:
         batch.weights[: len(ids)] = 1.0
         if global_weights is not None:
             batch.weights[: len(ids)] = torch.from_numpy(rank_share(global_weights, self.rank, self.world_size))
-        chunk = -(-len(ids) // self.threads) or 1
+        # As few parts as keep all threads at work, since each costs; the first batch is waited for, and shared by all.
+        share = self.threads if is_first else -(-self.threads // self.config.prefetch_batches)
+        chunk = min(_MOST_ROWS, -(-len(ids) // share)) or 1
         parts = [range(first, min(first + chunk, len(ids))) for first in range(0, len(ids), chunk)]
         if not on_device:
             return _Pending(batch, [self._pool.submit(self._fill, batch, ids, part, crops) for part in parts])
