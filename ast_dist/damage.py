@@ -37,13 +37,17 @@ class DamageLog:
             return []
         found = sorted(text for texts in self._world.gather(mine) for text in texts)
         self._of_epoch += found
-        if len(self._of_epoch) > self._allowed:
-            more = f" … and {len(self._of_epoch) - _SHOWN} more" if len(self._of_epoch) > _SHOWN else ""
-            raise RuntimeError(
-                f"{len(self._of_epoch)} damaged samples in this epoch, but {self._rule}. Check the shards: python -m "
-                f"data_prep.check_shards {self._root}. They are: {'; '.join(self._of_epoch[:_SHOWN])}{more}"
-            )
+        self.judge(self._of_epoch)
         return found
+
+    def judge(self, damaged: list[str]) -> None:
+        """Raise RuntimeError with the list when an epoch, or an evaluation, has more than the limit allows."""
+        if len(damaged) > self._allowed:
+            more = f" … and {len(damaged) - _SHOWN} more" if len(damaged) > _SHOWN else ""
+            raise RuntimeError(
+                f"{len(damaged)} damaged samples in this epoch, but {self._rule}. Check the shards: python -m "
+                f"data_prep.check_shards {self._root}. They are: {'; '.join(damaged[:_SHOWN])}{more}"
+            )
 
     def epoch_done(self) -> None:
         """Begin to count anew: a sample that stays damaged is met once an epoch."""

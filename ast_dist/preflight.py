@@ -6,6 +6,7 @@ import torch
 
 from ast_dist.config import Config
 from ast_dist.data.cache import make_cache
+from ast_dist.data.decoder import make_decoder
 from ast_dist.data.index import Index
 from ast_dist.data.order import LARGEST_WHOLE_ORDER, Orders
 from ast_dist.errors import UserError
@@ -49,7 +50,9 @@ def check_data(config: Config, train: Index, val: Index, world_size: int) -> int
                 f"--data.{name} {index.location}: sample {index.key(worst)} has label {label}, but the model has "
                 f"{num_classes} classes (0 … {num_classes - 1}). Set --model.num-classes {index.num_classes} or 0."
             )
-        make_cache(index, config.data)  # raises where the set does not fit; memory is reserved, not taken
+        cache = make_cache(index, config.data)  # raises where the set does not fit; memory is reserved, not taken
+        if config.data.decoder == "dali":
+            make_decoder(config.data, torch.device("cpu"), 1, keeps_whole=cache is not None).close()
     if train.manifest["classes"] != val.manifest["classes"]:
         pairs = zip(train.manifest["classes"], val.manifest["classes"], strict=False)
         first = next((f"{a} and {b}" for a, b in pairs if a != b), "their numbers")

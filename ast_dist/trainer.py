@@ -83,6 +83,12 @@ class Trainer:
         # Rank 0 alone has one.
         self.tracker: Tracker | None = None
         self.lease: Lease | None = None
+        if len(set(decoders := world.gather(self.loader.decoder.name))) > 1:
+            raise UserError(
+                f"data.decoder {config.data.decoder}: the processes would decode by {', '.join(decoders)} (in order of "
+                "rank), whose pixels and damage may differ. Install DALI on every host, or use --data.decoder torch."
+            )
+        self.val_damage = DamageLog(config.data.damaged_limit, val.num_samples, val.location, world)
         self.damage = DamageLog(config.data.damaged_limit, train.num_samples, train.location, world)
         self.lagged = LaggedRead()
         # Set by what the ranks agreed on, and so the same on all of them.
@@ -191,10 +197,11 @@ class Trainer:
 
     def close(self) -> None:
         """Stop threads and give the signals back."""
+        # First: what could be saved is saved, and a thread that waits for a server must not count against the grace.
+        self.guard.close()
         self.loader.close()
         self.val_loader.close()
         self.resources.close()
-        self.guard.close()
 
     def _read_candidates(self) -> None:
         """Read what waited to be trained when the checkpoint was taken; its pixels follow from seed, epoch and id."""
@@ -322,6 +329,7 @@ class Trainer:
                 self.step.autocast,
             )
             self._tell_damaged(damaged)
+            self.val_damage.judge(damaged)
             state.last_acc1 = scores["val/acc1"]
             state.best_acc1 = max(state.last_acc1, state.best_acc1 or 0.0)
         self.resources.tally()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.v2 import functional as transforms
 
+from ast_dist.data import loader as loader_module
 from ast_dist.data.decode_torch import TorchDecoder, decode
 from ast_dist.data.encoded import Encoded
 from ast_dist.data.loader import Loader
@@ -18,10 +19,11 @@ from ast_dist.data.order import Plan
 from ast_dist.data.read import DamagedSampleError
 from ast_dist.data.resize import Box
 from ast_dist.data_config import DataConfig
-from tests.shards import photos, write_split
+from tests.shards import overwrite, photos, write_split
 
 dali = pytest.importorskip("ast_dist.data.decode_dali")
 
+CPU = torch.device("cpu")
 HEIGHT, WIDTH = 75, 101
 # What a GPU's decoder may differ by, of 255: another inverse DCT, another order of resize and rounding.
 GPU_MEAN_TOLERANCE, GPU_MAX_TOLERANCE = 1.0, 24
@@ -136,14 +138,33 @@ def test_a_damaged_image_is_named_as_torchvision_names_it_and_its_neighbours_are
         assert second.shape == expected.shape
 
 
-def test_a_batch_that_dali_refuses_though_nothing_is_damaged_is_told(decoder, monkeypatch):
+def test_what_dali_refuses_though_it_is_not_damaged_is_told(monkeypatch):
+    decoder = dali.DaliCpuDecoder()
+
     def refuse(*_):
         raise dali.DaliRefusal("out of patience")
 
     monkeypatch.setattr(decoder, "_run", refuse)
-    with pytest.warns(RuntimeWarning, match="DALI refused a batch of 1 images .*out of patience"):
+    with pytest.warns(RuntimeWarning, match="DALI refused 1 images so far .*out of patience"):
         [region] = decoder.regions([sample(PLAIN["grey"])], [Box(0, 0, 9, 9)])
     assert torch.equal(region, decode(PLAIN["grey"], 0, "")[:, :9, :9])
+
+
+def test_the_fate_of_a_sample_does_not_depend_on_its_neighbours(decoder):
+    """JPEGs with bytes changed inside, of which DALI and torchvision accept different ones."""
+    rng = np.random.default_rng(0)
+    box = Box(0, 0, HEIGHT, WIDTH)
+    changed = []
+    for number in range(40):
+        data = bytearray(PLAIN[("4:2:0", "progressive")[number % 2]])
+        for at in rng.integers(len(data) // 3, len(data) - 2, 3):
+            data[at] = rng.integers(0, 256)
+        changed.append(sample(bytes(data), number))
+    alone = [decoder.regions([one], [box])[0] for one in changed]
+    among = decoder.regions([*changed, sample(damaged_jpegs()["tables gone"], 99)], [box] * 41)[:40]
+    for one, other in zip(alone, among, strict=True):
+        assert isinstance(one, DamagedSampleError) == isinstance(other, DamagedSampleError)
+        assert isinstance(one, DamagedSampleError) or torch.equal(one, other)
 
 
 def test_a_size_other_than_the_indexs_is_damage(decoder):
@@ -205,6 +226,41 @@ def assert_whole_batches(device):
 
 def test_a_whole_batch_is_within_tolerance_of_torchvision_whatever_its_length_and_size():
     assert_whole_batches(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_loader_of_whole_batches_gives_the_rows_of_one_of_regions(tmp_path, monkeypatch, rank):
+    """The way that a GPU goes, on the CPU: reading, padding, damage, sizes and counts are the loader's own."""
+    images = [*photos(30), *(encoded(picture(60, 47, seed)) for seed in range(5)), *ODD.values(), b"no image at all"]
+    index = write_split(tmp_path / "train", [*images[:-1], images[0]])
+    overwrite(index, len(images) - 1, b"damaged since")
+    plan, config = Plan(np.arange(len(images))), DataConfig(decoder="dali", image_size=24, threads=2, cache="none")
+    taken = []
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr(loader_module, "make_decoder", lambda *_, **__: dali.DaliBatchDecoder(CPU, 2))
+        loader = Loader(index, config, rank, 2)
+        taken.append(
+            [
+                *loader.train_batches(plan, 9, 3, 1, image_size=lambda step: 24 + 8 * (step % 2)),
+                *loader.train_batches(plan, 9, 3, 1, start_step=3),
+                *loader.val_batches(16),
+            ]
+        )
+        stopped = loader.train_batches(plan, 3, 3, 1)
+        next(stopped)
+        stopped.close()
+        loader.close()
+    for ours, expected in zip(taken[1], taken[0], strict=True):
+        for name in ("ids", "labels", "weights", "is_active"):
+            assert torch.equal(getattr(ours, name), getattr(expected, name)), name
+        assert (ours.damaged, ours.planned, ours.images.shape) == (
+            expected.damaged,
+            expected.planned,
+            expected.images.shape,
+        )
+        apart = (ours.images.int() - expected.images.int()).abs()
+        assert apart.float().mean() <= GPU_MEAN_TOLERANCE and apart.max() <= GPU_MAX_TOLERANCE
 
 
 @pytest.mark.gpu

@@ -39,6 +39,10 @@ def make_cache(index: Index, config: DataConfig) -> DecodedCache | None:
     """
     if config.cache == "none" or index.num_samples == 0:
         return None
+    # Images of one size need at least this; where it is too much, a huge index is not looked through.
+    least_mb = index.num_samples * 3 * int(index.height[0]) * int(index.width[0]) / 1e6
+    if config.cache == "auto" and least_mb > config.cache_mb:
+        return None
     heights, widths = np.asarray(index.height), np.asarray(index.width)
     if not (heights.all() and widths.all()):
         if config.cache == "auto":

@@ -4,8 +4,9 @@ On a CPU DALI decodes a crop's region and torch resizes it: 1.3 ms an image wher
 GPU all of it is DALI's: JPEG bytes, boxes and flips go in, uint8 NHWC batches come out, already on the device.
 
 What DALI decodes otherwise than torchvision does (CMYK, PNGs and the rest of what stands in image folders) goes to
-torchvision, and so does a batch that DALI refuses, one sample after the other: the samples that are damaged are then
-named, in the same words, and the others are kept.
+torchvision. A batch that DALI refuses is decoded again one by one, and what it refuses alone goes to torchvision, whose
+word it is whether that is damaged: so the fate of a sample does not depend on its batch. Of JPEGs whose data were cut
+or changed before they were indexed, DALI accepts a few that torchvision refuses; each decoder judges for itself.
 
 Settings that matter, and why: `adjust_orientation=False`, for DALI turns EXIF images under the crop's box by default;
 `jpeg_fancy_upsampling=True` makes a GPU's pixels agree with libjpeg's; `exec_dynamic=True`, since without it one
@@ -14,7 +15,7 @@ damaged image ends the pipeline for good; no `use_fast_idct`, which changes pixe
 
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,14 +46,25 @@ _COMPONENTS = (1, 3)  # grey and YCbCr; decoders disagree on the colours of CMYK
 class DaliRefusal(RuntimeError):
     """DALI could not decode a batch."""
 
-    def warn(self, count: int) -> None:
-        """Say that the batch took the slow way although nothing in it is damaged: it must not stay unnoticed."""
-        reason = " ".join(str(self).split())[:200]
-        warnings.warn(
-            f"DALI refused a batch of {count} images that torchvision decodes ({reason}). It costs time, no samples.",
-            RuntimeWarning,
-            stacklevel=3,
-        )
+
+class _Refusals:
+    """Counts the samples that DALI refuses and torchvision decodes, and tells of them: they cost time, no samples."""
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._lock = threading.Lock()
+
+    def note(self, refusal: DaliRefusal) -> None:
+        with self._lock:
+            self._count += 1
+            count = self._count
+        if count & (count - 1) == 0:  # 1, 2, 4, …: a lasting fault is told again, and does not fill the screen
+            reason = " ".join(str(refusal).split())[:200]
+            warnings.warn(
+                f"DALI refused {count} images so far that torchvision decodes; the last one: {reason}",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
 
 def is_for_dali(sample: Encoded) -> bool:
@@ -72,16 +84,14 @@ def is_for_dali(sample: Encoded) -> bool:
 
 
 class DaliCpuDecoder:
-    """Decodes regions on the CPU, in the thread that asks; each thread has a pipeline of its own.
-
-    Regions stay valid until the same thread asks for the next ones.
-    """
+    """Decodes regions on the CPU, in the thread that asks; each thread has a pipeline of its own."""
 
     name = "dali"
 
     def __init__(self) -> None:
         self._torch = TorchDecoder()
         self._own = threading.local()
+        self._refusals = _Refusals()
 
     def regions(self, samples: Sequence[Encoded], boxes: Sequence[Box]) -> list[Tensor | DamagedSampleError]:
         """The pixels of one box of each sample; see `TorchDecoder.regions`."""
@@ -94,20 +104,25 @@ class DaliCpuDecoder:
                     mine.append(row)
             except DamagedSampleError as error:
                 found[row] = error
-        refusal = None
+        refused: dict[int, DaliRefusal] = {}
         if mine:
             try:
-                pixels = self._run([samples[row].data for row in mine], [boxes[row] for row in mine])
-                for place, row in enumerate(mine):
-                    found[row] = torch.from_numpy(np.asarray(pixels[place])).permute(2, 0, 1)
-            except DaliRefusal as error:
-                refusal = error  # DALI names no sample: torchvision below finds which one it was
+                self._decode(samples, boxes, mine, found)
+            except DaliRefusal as refusal:  # it names no sample
+                for row in mine:
+                    try:
+                        if len(mine) == 1:
+                            raise refusal
+                        self._decode(samples, boxes, [row], found)
+                    except DaliRefusal as error:
+                        refused[row] = error
         regions = [
             self._torch.regions([samples[row]], [boxes[row]])[0] if region is None else region
             for row, region in enumerate(found)
         ]
-        if refusal and not any(isinstance(regions[row], DamagedSampleError) for row in mine):
-            refusal.warn(len(mine))
+        for row, why in refused.items():
+            if not isinstance(regions[row], DamagedSampleError):
+                self._refusals.note(why)
         return regions
 
     def try_out(self) -> None:
@@ -116,6 +131,18 @@ class DaliCpuDecoder:
 
     def close(self) -> None:
         """The pipelines end with their threads."""
+
+    def _decode(
+        self,
+        samples: Sequence[Encoded],
+        boxes: Sequence[Box],
+        rows: list[int],
+        found: list[Tensor | DamagedSampleError | None],
+    ) -> None:
+        pixels = self._run([samples[row].data for row in rows], [boxes[row] for row in rows])
+        for place, row in enumerate(rows):
+            # The array keeps the memory that DALI wrote.
+            found[row] = torch.from_numpy(np.asarray(pixels[place])).permute(2, 0, 1)
 
     def _run(self, data: list[bytes], boxes: list[Box]) -> Any:
         if len(data) > getattr(self._own, "rows", 0):
@@ -171,12 +198,14 @@ def _decoded(jpeg: Any, anchor: Any, shape: Any, device: str) -> Any:
 
 
 class DaliBatchDecoder:
-    """Decodes whole batches in one pipeline, from bytes to resized and mirrored images.
+    """Decodes whole batches in a pipeline, from bytes to resized and mirrored images.
 
     On a GPU the pixels never pass through the host: nvJPEG's hybrid decoder (`mixed`) decodes the region of interest,
     and the batch stays there. They differ from the CPU decoders' by the rounding of another inverse DCT and another
-    resize. device: a CUDA device; with the CPU the same pipeline runs there, for tests.
-    threads: of DALI, on the host.
+    resize. Each thread that asks has a pipeline and a stream of its own, so that two threads overlap the host's part of
+    one batch with the GPU's part of another.
+
+    device: a CUDA device; with the CPU the same pipeline runs there, for tests. threads: of DALI, on the host.
     """
 
     name = "dali"
@@ -185,40 +214,54 @@ class DaliBatchDecoder:
         self.device = device
         self._threads = threads
         self._torch = TorchDecoder()
-        self._pipeline: Any = None
-        self._max_rows = 0
-        # Decoding must not wait for the training step's kernels, nor they for it.
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._own = threading.local()
+        self._refusals = _Refusals()
 
     def decode(
-        self, samples: Sequence[Encoded | None], boxes: Sequence[Box], flips: np.ndarray, size: int
+        self,
+        samples: Sequence[Encoded | None],
+        boxes: Sequence[Box],
+        flips: np.ndarray,
+        size: int,
+        run: Callable[..., Iterable[Any]] = map,
     ) -> tuple[Tensor, list[DamagedSampleError], "torch.cuda.Event | None"]:
-        """Decode a batch. One thread at a time may call.
+        """Decode a batch.
 
         samples: None where a row has none. boxes: inside the images. flips: (n,) bool. size: pixels a side, of this
-        batch.
+        batch. run: as `map`, for what torchvision decodes on the host; a pool's shares it among threads.
 
         Returns (n, 3, size, size) uint8 in channels_last memory on the device, 0 where there is no image; the samples
         that do not decode; and the event after which the images may be used (None on a CPU).
         """
+        stream = self._stream()
         # All of it on a stream of its own, memory included: on the default one it would wait for the training step.
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(stream):
             images = torch.zeros((len(samples), size, size, 3), dtype=torch.uint8, device=self.device)
-            damaged = self._fill(images, samples, boxes, flips)
-            event = self._stream.record_event() if self._stream is not None else None
+            damaged = self._fill(images, samples, boxes, flips, run)
+            event = stream.record_event() if stream is not None else None
         return images.permute(0, 3, 1, 2), damaged, event
 
     def try_out(self) -> None:
         """Decode two tiny JPEGs. Raises RuntimeError when DALI does not work on this machine."""
         images = torch.zeros((2, 8, 8, 3), dtype=torch.uint8, device=self.device)
         self._run(images, [_trial()] * 2, [Box(0, 0, 8, 8)] * 2, np.zeros(2, bool), [0, 1])
+        self._own.pipeline = None  # this thread will not ask again
 
     def close(self) -> None:
-        """Free the pipeline's threads and memory."""
-        self._pipeline = None
+        """The pipelines end with their threads."""
+
+    def _stream(self) -> "torch.cuda.Stream | None":
+        if self.device.type == "cuda" and not hasattr(self._own, "stream"):
+            self._own.stream = torch.cuda.Stream(self.device)
+        return getattr(self._own, "stream", None)
 
     def _fill(
-        self, images: Tensor, samples: Sequence[Encoded | None], boxes: Sequence[Box], flips: np.ndarray
+        self,
+        images: Tensor,
+        samples: Sequence[Encoded | None],
+        boxes: Sequence[Box],
+        flips: np.ndarray,
+        run: Callable[..., Iterable[Any]],
     ) -> list[DamagedSampleError]:
         """Decode into (n, size, size, 3); returns what is damaged."""
         damaged: list[DamagedSampleError] = []
@@ -230,26 +273,38 @@ class DaliBatchDecoder:
                     (mine if is_for_dali(sample) else others).append(row)
             except DamagedSampleError as error:
                 damaged.append(error)
-        refusal = None
+        refused: dict[int, DaliRefusal] = {}
         if mine:
             try:
                 self._run(images, samples, boxes, flips, mine)
-            except DaliRefusal as error:
-                refusal = error
-                others += mine  # see DaliCpuDecoder.regions
+            except DaliRefusal as refusal:  # see DaliCpuDecoder.regions
+                for row in mine:
+                    try:
+                        if len(mine) == 1:
+                            raise refusal
+                        self._run(images, samples, boxes, flips, [row])
+                    except DaliRefusal as error:
+                        refused[row] = error
         size = images.shape[1]
-        for row in sorted(others):
+
+        def on_host(row: int) -> Tensor | DamagedSampleError:
             sample = samples[row]
             assert sample is not None
             [region] = self._torch.regions([sample], [boxes[row]])
             if isinstance(region, DamagedSampleError):
-                damaged.append(region)
-                continue
+                return region
             pixels = torch.empty((size, size, 3), dtype=torch.uint8)
             resize_region(region, boxes[row], boxes[row], bool(flips[row]), pixels.permute(2, 0, 1))
+            return pixels
+
+        rows = sorted([*others, *refused])
+        for row, pixels in zip(rows, run(on_host, rows), strict=True):
+            if isinstance(pixels, DamagedSampleError):
+                damaged.append(pixels)
+                continue
             images[row].copy_(pixels)
-        if refusal and not damaged:
-            refusal.warn(len(mine))
+            if row in refused:
+                self._refusals.note(refused[row])
         return damaged
 
     def _run(
@@ -260,25 +315,26 @@ class DaliBatchDecoder:
         flips: np.ndarray,
         rows: list[int],
     ) -> None:
-        if self._pipeline is None or len(rows) > self._max_rows:
-            self._max_rows = max(len(samples), self._max_rows)
-            self._pipeline = _batch_pipeline(self._max_rows, self._threads, self.device)
-        pipeline, size = self._pipeline, images.shape[1]
+        own, stream = self._own, self._stream()
+        if getattr(own, "pipeline", None) is None or len(rows) > own.max_rows:
+            own.max_rows = max(len(samples), getattr(own, "max_rows", 0))
+            own.pipeline = _batch_pipeline(own.max_rows, self._threads, self.device)
+        pipeline, size = own.pipeline, images.shape[1]
         _feed(pipeline, [sample.data for row in rows if (sample := samples[row])], [boxes[row] for row in rows])
         pipeline.feed_input("size", np.full((len(rows), 2), size, np.float32))
         pipeline.feed_input("mirror", flips[rows].astype(np.int32))
         try:
             decoded = pipeline.run()[0].as_tensor()
         except RuntimeError as error:
-            self._pipeline = None
+            own.pipeline = None
             raise DaliRefusal(str(error)) from None
         is_whole = len(rows) == len(samples)
         target = images if is_whole else torch.empty_like(images[: len(rows)])
-        feed_ndarray(decoded, target, cuda_stream=self._stream)
+        feed_ndarray(decoded, target, cuda_stream=stream)
         if not is_whole:
             images[rows] = target
-        if self._stream is not None:
-            self._stream.synchronize()  # DALI's buffer is its own again when `decoded` is gone
+        if stream is not None:
+            stream.synchronize()  # DALI's buffer is its own again when `decoded` is gone
 
 
 def _batch_pipeline(max_rows: int, threads: int, device: torch.device) -> Any:

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 
 _SIZE_MARKERS = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # SOFn; the three are DHT, JPG and DAC
 _BARE_MARKERS = frozenset({0x00, 0x01, *range(0xD0, 0xD9)})  # a stuffed byte, TEM, RSTn and SOI: no length follows
+_NAMED_RGB = 0  # as an Adobe segment would state it
 _APP1, _APP14, _EOI, _SOS = 0xE1, 0xEE, 0xD9, 0xDA
 _PNG_START = b"\x89PNG\r\n\x1a\n"
 _EXIF_START = b"Exif\0\0"
@@ -26,7 +27,8 @@ class Header(NamedTuple):
 
     height, width: pixels as they are stored, so an EXIF orientation is not followed. kind: the format. components:
     channels of the decoded image before any conversion; of a JPEG 1 (grey), 3 or 4 (CMYK). bits: a channel's.
-    adobe_transform: of a JPEG with an Adobe segment, its colour transform: 0 (RGB or CMYK), 1 (YCbCr) or 2 (YCCK).
+    adobe_transform: of a JPEG with an Adobe segment, its colour transform: 0 (RGB or CMYK), 1 (YCbCr) or 2 (YCCK); 0,
+    too, where the components are named R, G and B.
     """
 
     height: int
@@ -116,13 +118,15 @@ def _jpeg(data: bytes) -> Header:
         if marker == 0xFF:  # a fill byte
             at += 1
         elif marker in _SIZE_MARKERS:
+            # libjpeg's rule where no Adobe segment states the colours: components named R, G and B are not YCbCr.
+            is_named_rgb = data[at + 10 : at + 17 : 3] == b"RGB"
             return Header(
                 height=data[at + 5] << 8 | data[at + 6],
                 width=data[at + 7] << 8 | data[at + 8],
                 kind="jpeg",
                 components=data[at + 9],
                 bits=data[at + 4],
-                adobe_transform=adobe_transform,
+                adobe_transform=_NAMED_RGB if is_named_rgb and adobe_transform is None else adobe_transform,
             )
         elif marker in _BARE_MARKERS:
             at += 2

@@ -71,8 +71,8 @@ class Loader:
         self.threads = config.threads or max(1, _available_cores() // local_world_size)
         self.decoder = make_decoder(config, device, self.threads, keeps_whole=self.cache is not None)
         self._pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
-        # A decoder of whole batches serves them one after the other, from a thread that mostly waits for it.
-        self._batch_pool = ThreadPoolExecutor(1, thread_name_prefix="batch")
+        # A decoder of whole batches is asked by two threads in turn, which mostly wait for it.
+        self._batch_pool = ThreadPoolExecutor(2, thread_name_prefix="batch")
 
     def train_batches(
         self,
@@ -119,6 +119,7 @@ class Loader:
 
     def close(self) -> None:
         """Stop the threads and close the shards."""
+        self.reader.stop()
         self._batch_pool.shutdown(wait=True, cancel_futures=True)
         self._pool.shutdown(wait=True, cancel_futures=True)
         self.decoder.close()
@@ -262,7 +263,7 @@ class Loader:
         boxes[is_there], flips[is_there] = drawn.boxes, drawn.flips
         padding = [None] * (len(batch.ids) - len(samples))
         images, damaged, batch.ready = self.decoder.decode(
-            [*samples, *padding], [Box(*box) for box in boxes.tolist()], flips, size
+            [*samples, *padding], [Box(*box) for box in boxes.tolist()], flips, size, self._pool.map
         )
         batch.images = images
         rows = {sample.sample_id: row for row, sample in enumerate(samples) if sample is not None}

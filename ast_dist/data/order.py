@@ -27,8 +27,9 @@ class BlockOrder:
     """An epoch's order that is never held as a whole: shards in random order, a few of them shuffled at a time.
 
     Reading it needs the shards of one block at a time, which suits remote and spinning storage; and memory for one
-    block, whatever the number of samples. Samples were shuffled over all shards at conversion, so a block is a random
-    draw of the whole set (MosaicML's streaming shuffles the same way and calls it py1b).
+    block, whatever the number of samples. A conversion shuffles the samples over all shards, and a block of
+    them is a random draw of the whole set; tars of others may be sorted by class, and take larger blocks or none.
+    MosaicML's streaming shuffles the same way and calls it py1b.
 
     shard_sizes: (S,) samples of each shard; ids count through the shards in turn. block_shards: shards of a block.
     Slices give (n,) int64 sample ids; `numpy.asarray` gives all of them.

@@ -34,6 +34,8 @@ _ADVISED_RANGES = 4096
 _GAP_BYTES = 4096
 # An NFS server that restarts, or a file that was replaced there, shows as one of these, and a fresh descriptor helps.
 _PASSING_ERRORS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN}
+# What says that a file is not there, or is none.
+_GONE = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _PAUSES_S = (0.1, 0.5, 2.0)
 
 Result = TypeVar("Result")
@@ -66,7 +68,7 @@ class Reader:
         """Return the sample's encoded bytes.
 
         Raises DamagedSampleError when the shard ends early, the CRC-32 differs, or a file of the layout "files" is
-        missing or may not be read. Raises OSError that names the shard or file when it cannot be read at all: at once
+        missing while its folder is there. Raises OSError that names the shard or file when it cannot be read: at once
         when it is gone, after four tries with fresh descriptors when the system reports an I/O error or a stale NFS
         handle. Remote shards: what `ShardCache.open` raises.
         """
@@ -103,6 +105,11 @@ class Reader:
                 self._advise(number, ranges)
                 left -= len(ranges)
 
+    def stop(self) -> None:
+        """Begin no further fetch: whoever closes a reader while others read calls this first."""
+        if self._cache is not None:
+            self._cache.stop()
+
     def close(self) -> None:
         """Close all shards, and stop fetching."""
         if self._cache is not None:
@@ -130,7 +137,8 @@ class Reader:
         try:
             data = _with_retries(path, path.read_bytes)
         except OSError as error:
-            if error.errno in _PASSING_ERRORS:
+            # Only what is wrong with this one file; all else is the disk's, the server's or the process's.
+            if error.errno not in _GONE or not Path(self._index.data_root).is_dir():
                 raise
             raise DamagedSampleError(
                 sample_id, f"{path}: sample {key} (id {sample_id}) cannot be read ({error.strerror})."

@@ -30,9 +30,14 @@ class Box(NamedTuple):
         bottom, right = min(self.top + self.height, height), min(self.left + self.width, width)
         return Box(top, left, max(bottom - top, 1), max(right - left, 1))
 
-    def overlaps(self, height: int, width: int) -> bool:
-        """Whether any of it lies in an image of this size."""
-        return -self.height < self.top < height and -self.width < self.left < width
+    def meets(self, other: "Box") -> bool:
+        """Whether the two share a pixel."""
+        return (
+            self.top < other.top + other.height
+            and other.top < self.top + self.height
+            and self.left < other.left + other.width
+            and other.left < self.left + self.width
+        )
 
 
 def cut(image: Tensor, box: Box) -> Tensor:
@@ -47,6 +52,9 @@ def resize_region(region: Tensor, box: Box, held: Box, flip: bool, out: Tensor) 
     size, size) uint8, written. Equal to torchvision's v2 resized_crop (bilinear, antialias), bit for bit.
     """
     size = out.shape[-1]
+    if not box.meets(held):
+        out.zero_()  # all of it lies outside, and `held` is the pixel that is nearest
+        return
     if (box.height, box.width) == (size, size):
         _place(region, box, held, flip, out)
         return
@@ -58,7 +66,7 @@ def resize_region(region: Tensor, box: Box, held: Box, flip: bool, out: Tensor) 
     # Mirrored after the resize, as torchvision does it; before, rounding differs in the last bit.
     row = _scratch(out)
     _resize_into(region[None], row[None])
-    out.copy_(row.flip(-1))
+    torch.ops.aten.flip.out(row, [-1], out=out)
 
 
 def crop_resize(image: Tensor, box: np.ndarray, flip: bool, size: int, out: Tensor) -> None:
@@ -68,9 +76,6 @@ def crop_resize(image: Tensor, box: np.ndarray, flip: bool, size: int, out: Tens
     uint8, written.
     """
     wanted = Box(*(int(value) for value in box))
-    if not wanted.overlaps(image.shape[1], image.shape[2]):
-        out.zero_()
-        return
     held = wanted.inside(image.shape[1], image.shape[2])
     resize_region(cut(image, held), wanted, held, flip, out)
 

@@ -36,6 +36,10 @@ _FORGOTTEN_S = 24 * 3600.0
 _TOUCH_S = 1.0
 
 
+class FetchStopped(RuntimeError):
+    """A fetch was given up because the reader is closing."""
+
+
 class Source(Protocol):
     """Where shards come from."""
 
@@ -70,6 +74,7 @@ class ShardCache:
         self._stems = [f"{shard['sha256']}-{int(shard['bytes'])}" for shard in shards]
         self._bytes = [int(shard["bytes"]) for shard in shards]
         self._refuse_small(max(self._bytes, default=0), "the largest shard has", UserError)
+        self._stopped = threading.Event()
         self._lock = threading.Lock()
         self._window: deque[Sequence[int]] = deque(maxlen=max(1, window))
         self._wanted: frozenset[str] = frozenset()
@@ -136,9 +141,14 @@ class ShardCache:
             self._whole(shard).unlink(missing_ok=True)
         return True
 
+    def stop(self) -> None:
+        """Begin no further request and no further try; what is under way ends with its request."""
+        self._stopped.set()
+        self._source.close()
+
     def close(self) -> None:
         """Stop fetching. What was fetched stays for the next run."""
-        self._source.close()
+        self.stop()
         self._pool.shutdown(wait=True, cancel_futures=True)
 
     def _refuse_small(self, needed: int, what: str, kind: type[UserError]) -> None:
@@ -269,7 +279,8 @@ class ShardCache:
                 # Opened before anybody can remove it, so every fetch gives at least one read.
                 return os.open(self._whole(shard), os.O_RDONLY | os.O_CLOEXEC)
         except RankError:
-            self._part(shard).unlink()
+            with self._names_locked():  # so that nobody waits for a file that is about to lose its name
+                self._part(shard).unlink()
             raise
         finally:
             os.close(descriptor)  # and with it the lock
@@ -283,6 +294,8 @@ class ShardCache:
                 digest.update(piece)
                 done += len(piece)
             while done < size:
+                if self._stopped.is_set():
+                    raise FetchStopped(f"{self._source.url(entry['name'])}: the fetch was stopped")
                 piece = self._source.fetch(entry["name"], done, min(done + PIECE_BYTES, size))
                 assert piece, "a source gives all it is asked for, or raises"
                 self._write(descriptor, piece, done, shard)

@@ -68,7 +68,7 @@ class Policy:
     on batches just read, from a scoring forward pass, says so in `scores_epoch` and overrides `select`.
     """
 
-    # Whether `plan` only slices the order or hands it on: then the order of a huge set is never held as a whole.
+    # Whether `plan` hands the order on or takes a slice of it: then no more of a huge set's order is held than that.
     takes_block_order = False
 
     def __init__(self, setup: PolicySetup) -> None:
