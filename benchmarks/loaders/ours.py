@@ -3,7 +3,6 @@
 import numpy as np
 import torch
 
-from ast_dist.allocator import keep_freed_memory
 from ast_dist.data.index import Index
 from ast_dist.data.loader import Loader
 from ast_dist.data.order import Plan, epoch_order
@@ -14,9 +13,8 @@ from benchmarks.loaders.source import SEED, Batches, Job, Source
 
 def open_source(job: Job) -> Source:
     """Epochs of at least `epoch_images` samples, from the index on; small sets are read several times for that."""
-    keep_freed_memory()  # as the training command does
     index, config, loader = open_loader(job)
-    normalize = Normalize(config, torch.device("cpu"), channels_last=False)
+    normalize = Normalize(config, torch.device("cpu"), channels_last=True)  # as the training command does
     epochs = iter(range(1 << 30))
 
     def epoch() -> Batches:

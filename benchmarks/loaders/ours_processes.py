@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from ast_dist.allocator import keep_freed_memory
 from ast_dist.data.augment import train_crops
 from ast_dist.data.decode_torch import decode
 from ast_dist.data.index import Index
@@ -46,7 +45,6 @@ class _Steps(Dataset[tuple[torch.Tensor, torch.Tensor]]):
 
 def open_source(job: Job) -> Source:
     """Epochs in the order of our loader's first."""
-    keep_freed_memory()
     root = job.paths["shards"]
     config = DataConfig(train=root, val=root, image_size=job.image_px)
     steps = _Steps(job, config)

@@ -21,7 +21,10 @@ def main() -> None:
     """Do what the job says."""
     described = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     os.sched_setaffinity(0, described["cpus"])
+    from ast_dist.allocator import keep_freed_memory
     from benchmarks.loaders.source import Job
+
+    keep_freed_memory()  # as our training command does; here for all, and their workers inherit it
 
     job = Job(**described)
     module = importlib.import_module(f"benchmarks.loaders.{job.module}")
