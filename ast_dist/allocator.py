@@ -15,7 +15,9 @@ def keep_freed_memory() -> bool:
     A training step on a CPU frees and takes its activations anew. By default glibc maps and unmaps each of those
     blocks, and the kernel clears every page again: on 32 × 32 images that was a tenth to a third of a step
     (small CNN, bf16). Blocks above 32 MB, which a threshold cannot keep, are another 4 % of the CPU time of a ResNet-18
-    at 224 × 224 (batch 32, bf16; 5 runs each), for 8 % more memory. Returns whether the C library took the setting; others than glibc do not know it.
+    at 224 × 224 (batch 32, bf16; 5 runs each), for 8 % more memory.
+
+    Returns whether the C library took the setting; others than glibc do not know it.
     """
     if sys.platform != "linux":
         return False
