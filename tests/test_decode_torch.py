@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as transforms
 
 from ast_dist.data.decode_torch import decode
 from ast_dist.data.read import DamagedSampleError
-from ast_dist.data.resize import crop_resize
+from ast_dist.data.resize import Box, crop_resize, cut, resize_region
 from tests.shards import jpeg
 
 HEIGHT, WIDTH = 37, 53
@@ -160,3 +160,13 @@ def test_a_box_wholly_outside_the_image_is_black():
     for top, left in ((-20, 0), (0, 30), (25, -40)):
         crop_resize(torch.ones(3, 20, 24, dtype=torch.uint8), np.array([top, left, 16, 16]), True, 16, out)
         assert not out.any()
+
+
+@pytest.mark.parametrize("box", [(20, 0, 8, 8), (-9, 0, 8, 8), (0, 60, 8, 8), (3, -8, 8, 8), (40, 60, 5, 9)])
+def test_the_region_of_a_box_wholly_outside_is_black(box):
+    image = torch.full((3, 16, 16), 255, dtype=torch.uint8)
+    wanted = Box(*box)
+    held = wanted.inside(16, 16)
+    out = torch.full((3, 8, 8), 99, dtype=torch.uint8)
+    resize_region(cut(image, held), wanted, held, False, out)
+    assert not out.any()

@@ -4,10 +4,12 @@ import dataclasses
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 
 from ast_dist import run_dir
 from ast_dist.config import Config, DataConfig, GateConfig, LoopConfig, ModelConfig
+from ast_dist.data.decoder import make_decoder
 from ast_dist.errors import UserError
 from ast_dist.fault.lease import Lease
 from ast_dist.preflight import check_data, print_dry_run
@@ -89,6 +91,19 @@ class TestModel:
     def test_a_model_that_cannot_be_tried_without_memory_passes(self, train, val):
         config = replace(with_model(name="regnet_y_400mf"), data=replace(CONFIG.data, image_size=64))
         assert check_data(config, train, val, 1) == 4
+
+    def test_a_decoder_that_does_not_work_here_is_refused_before_anything_is_written(self, train, val, monkeypatch):
+        def broken(_decoder):
+            raise TypeError("an older DALI")
+
+        monkeypatch.setattr("ast_dist.data.decode_dali.DaliCpuDecoder.try_out", broken)
+        config = replace(CONFIG, data=replace(CONFIG.data, decoder="dali"))
+        assert "data.decoder dali: it does not work here (an older DALI)" in complaint(
+            check_data, config, train, val, 1
+        )
+        with pytest.warns(RuntimeWarning, match="DALI does not work here, torchvision decodes: an older DALI"):
+            decoder = make_decoder(replace(CONFIG.data, cache="none"), torch.device("cpu"), 1, keeps_whole=False)
+        assert decoder.name == "torch"
 
     def test_sync_norm_without_a_gpu_is_refused(self, train, val, monkeypatch):
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)

@@ -1,6 +1,7 @@
 """ast_dist/data/read.py: the bytes that the index describes, or an error that names the sample."""
 
 import dataclasses
+import errno
 import itertools
 import os
 import tarfile
@@ -179,6 +180,25 @@ def test_a_loose_file_that_is_not_there_or_no_file_is_a_damaged_sample(index, tm
         with pytest.raises(DamagedSampleError) as caught:
             reader.read(sample_id)
         assert str(caught.value) == f"{path}: sample sub/{sample_id}.jpg (id {sample_id}) cannot be read ({reason})."
+
+
+@pytest.mark.parametrize("number", [errno.ENOTCONN, errno.EHOSTDOWN, errno.EACCES, errno.EMFILE, errno.ENODEV])
+def test_a_file_that_the_system_cannot_give_is_no_damaged_sample(index, tmp_path, monkeypatch, number):
+    reader = Reader(in_files(index, tmp_path / "files"))
+
+    def refuse(_path):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(OSError, match=os.strerror(number)):
+        reader.read(3)
+
+
+def test_files_that_went_with_their_folder_are_no_damaged_samples(index, tmp_path):
+    reader = Reader(in_files(index, tmp_path / "files"))
+    (tmp_path / "files").rename(tmp_path / "unmounted")
+    with pytest.raises(FileNotFoundError):
+        reader.read(3)
 
 
 def test_a_loose_files_known_size_and_checksum_are_checked(index, tmp_path):

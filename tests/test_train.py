@@ -272,6 +272,17 @@ def test_damaged_samples_above_the_limit_stop_the_run_with_their_list(tmp_path: 
     assert progress(run_dir)["state"] == "failed"
 
 
+def test_damaged_validation_samples_above_the_limit_stop_the_run_too(tmp_path: Path) -> None:
+    """Otherwise a lost mount would look like an accuracy of 0 %, and might be kept as the best."""
+    write_split(tmp_path / "train", squares(NUM_SAMPLES, side=8))
+    val = write_split(tmp_path / "val", squares(20, side=8))
+    for sample_id in (3, 4):
+        overwrite(val, sample_id, b"not a JPEG")
+    with pytest.raises(RuntimeError, match=r"2 damaged samples in .*, but .* allows 1 .*check_shards.*0000003-x"):
+        main(words(tmp_path, tmp_path / "run", "--loop.epochs", "1"))
+    assert progress(tmp_path / "run")["best_acc1"] is None
+
+
 def test_damaged_validation_samples_are_named_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_split(tmp_path / "train", squares(NUM_SAMPLES, side=8))
     overwrite(write_split(tmp_path / "val", squares(20, side=8)), 7, b"not a JPEG")
