@@ -253,6 +253,14 @@ TABLES: dict[str, Table] = {
             Column("memory, MB", "pss_mb", _count),
         ),
     ),
+    "loader-parts": Table(
+        "loader_parts",
+        "part",
+        (
+            Column("part", "part", _text),
+            Column("CPU, ms an image", "cpu_ms_per_image", lambda value: f"{value:.3g}"),
+        ),
+    ),
     "cifar10-parts": Table(
         "cifar10",
         "part",
