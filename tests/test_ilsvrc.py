@@ -179,7 +179,7 @@ def test_validation_images_that_are_links_that_lead_nowhere_are_refused(imagenet
     for name in VAL:
         (val / f"{name}.JPEG").unlink()
         (val / f"{name}.JPEG").symlink_to("/gone")
-    assert f"{val / next(iter(VAL))}.JPEG: a link that leads nowhere (3 such links" in not_listed(imagenet, "val")
+    assert f"{val / next(iter(VAL))}.JPEG: a link that leads nowhere (3 below" in not_listed(imagenet, "val")
 
 
 def labels_of(listing):

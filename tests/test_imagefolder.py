@@ -29,7 +29,7 @@ def test_a_link_to_a_folder_above_the_class_gives_no_image_another_class(tree, t
 def test_links_that_lead_nowhere_are_refused_with_their_number(tree, link, target):
     (tree / "train" / link).symlink_to(target)
     text = not_listed(tree)
-    assert f"{tree / 'train' / link}: a link that leads nowhere (1 such links below {tree / 'train'})" in text
+    assert f"{tree / 'train' / link}: a link that leads nowhere (1 below {tree / 'train'})" in text
     with pytest.raises(ValueError, match="a link that leads nowhere"):
         list_files(str(tree), "train")
     assert len(listed(tree, "val").names) == 2

@@ -17,7 +17,7 @@ import numpy as np
 
 from ast_dist.errors import UserError
 from data_prep.image import SUFFIXES
-from data_prep.sources.imagefolder import ReadFile, class_folders, is_dead_link, list_class_folders, refuse_dead
+from data_prep.sources.imagefolder import ReadFile, class_folders, list_class_folders
 from data_prep.sources.listing import Listing
 from data_prep.sources.options import NO_OPTIONS, SourceOptions
 
@@ -125,7 +125,6 @@ def _list_flat_val(root: Path, paths: IlsvrcPaths, synsets: dict[str, str], clas
             (e for e in entries if not e.name.startswith(".") and Path(e.name).suffix.lower() in SUFFIXES),
             key=lambda e: e.name,
         )
-    refuse_dead(root, [entry.path for entry in files if is_dead_link(entry)])
     stems = [Path(entry.name).stem for entry in files]
     unlabelled = [stem for stem in stems if stem not in label_of]
     if unlabelled:

@@ -70,7 +70,7 @@ def list_class_folders(root: Path, classes: list[str], source: str, *, stat: boo
                 stamps.append(found.st_mtime_ns)
         if len(names) == before:
             empty.append(name)
-    refuse_dead(root, dead)
+    _refuse_dead(root, dead)
     if not names:
         raise UserError(_no_images(root, classes, other))
     if empty:
@@ -98,7 +98,7 @@ def _split_folder(src: Path, split: str) -> Path:
         raise UserError(f"{src}: a file, but SRC must be a folder with one folder of images per class.")
     known = {folder for folders in SPLIT_FOLDERS.values() for folder in folders}
     folders, dead = _scanned(src)
-    refuse_dead(src, [path for path in dead if Path(path).name in SPLIT_FOLDERS[split]])
+    _refuse_dead(src, [path for path in dead if Path(path).name in SPLIT_FOLDERS[split]])
     # A class may be called "test", too: a split's folder holds folders, a class's holds images.
     found = [folder for folder in folders if folder in known and subfolders(src / folder)]
     if not found:
@@ -126,7 +126,7 @@ def subfolders(root: Path) -> list[str]:
 def class_folders(root: Path) -> list[str]:
     """As `subfolders`, but a link that leads nowhere is refused: as a class it would change all numbers after it."""
     folders, dead = _scanned(root)
-    refuse_dead(root, dead)
+    _refuse_dead(root, dead)
     return folders
 
 
@@ -141,7 +141,7 @@ def holds_classes(src: Path) -> bool:
     )
 
 
-def is_dead_link(entry: "os.DirEntry[str] | Path") -> bool:
+def _is_dead_link(entry: "os.DirEntry[str]") -> bool:
     """Whether this is a link that leads nowhere: to what is gone, or around to itself."""
     if not entry.is_symlink():
         return False
@@ -159,18 +159,17 @@ def _scanned(root: Path) -> tuple[list[str], list[str]]:
     try:
         with os.scandir(root) as listing:
             entries = [entry for entry in listing if not entry.name.startswith(".")]
-            dead = sorted(entry.path for entry in entries if is_dead_link(entry))
-            return sorted(entry.name for entry in entries if not is_dead_link(entry) and entry.is_dir()), dead
+            dead = sorted(entry.path for entry in entries if _is_dead_link(entry))
+            return sorted(entry.name for entry in entries if not _is_dead_link(entry) and entry.is_dir()), dead
     except OSError as error:
         raise UserError(f"{root}: cannot be listed ({error.strerror}).") from None
 
 
-def refuse_dead(root: Path, dead: list[str]) -> None:
-    """Raise a UserError when there are links that lead nowhere, given by their paths."""
+def _refuse_dead(root: Path, dead: list[str]) -> None:
     if dead:
         raise UserError(
-            f"{dead[0]}: a link that leads nowhere ({len(dead):,} such links below {root}). Restore what it points to, "
-            "or remove it."
+            f"{dead[0]}: a link that leads nowhere ({len(dead):,} below {root}). Restore what it points to, or "
+            "remove it."
         )
 
 
@@ -194,7 +193,7 @@ def _files_below(folder: Path, above: frozenset[tuple[int, int]], dead: list[str
     except OSError as error:
         raise UserError(f"{folder}: cannot be listed ({error.strerror}).") from None
     for entry in entries:
-        if is_dead_link(entry):
+        if _is_dead_link(entry):
             dead.append(entry.path)
         elif entry.is_dir():
             yield from _files_below(Path(entry.path), above | {here}, dead)
