@@ -74,9 +74,10 @@ def test_an_archive_that_was_left_beside_the_class_folders_does_not_win(tree, ar
     assert len(listed(tree).names) == 2
 
 
-def test_tars_beside_a_folder_without_images_are_tars(tmp_path):
-    (tmp_path / "train" / "logs").mkdir(parents=True)
-    (tmp_path / "train" / "logs" / "log.txt").write_text("")
+def test_tars_beside_a_folder_of_logs_or_previews_are_tars(tmp_path):
+    for name in ("logs/log.txt", "previews/0.jpg"):
+        (tmp_path / "train" / name).parent.mkdir(parents=True)
+        (tmp_path / "train" / name).write_bytes(jpeg(0))
     (tmp_path / "train" / "0.tar").write_bytes(b"")
     assert detect_format(str(tmp_path)) == "wds"
 

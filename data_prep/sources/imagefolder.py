@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -131,14 +132,19 @@ def class_folders(root: Path) -> list[str]:
 
 
 def holds_classes(src: Path) -> bool:
-    """Whether a folder holds folders with images, itself or in a folder of a split. Stops at the first image."""
+    """Whether a folder holds two folders with images, itself or in a folder of a split; one may be of previews."""
     roots = [src, *(src / name for names in SPLIT_FOLDERS.values() for name in names if (src / name).is_dir())]
-    return any(
-        Path(entry.name).suffix.lower() in SUFFIXES
-        for root in roots
-        for name in subfolders(root)
-        for entry in _files_below(root / name, frozenset(), [])
-    )
+    return any(len(list(islice(filter(_holds_image, _paths(root)), 2))) == 2 for root in roots)
+
+
+def _paths(root: Path) -> list[Path]:
+    # A split's folder is none of the classes, though images lie below it.
+    known = {name for names in SPLIT_FOLDERS.values() for name in names}
+    return [root / name for name in subfolders(root) if name not in known]
+
+
+def _holds_image(folder: Path) -> bool:
+    return any(Path(entry.name).suffix.lower() in SUFFIXES for entry in _files_below(folder, frozenset(), []))
 
 
 def _is_dead_link(entry: "os.DirEntry[str]") -> bool:
