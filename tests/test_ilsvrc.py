@@ -5,6 +5,8 @@ import json
 import pytest
 
 from ast_dist.data.index import Index
+from ast_dist.errors import UserError
+from data_prep.sources.files import list_files
 from data_prep.sources.options import ClassFile, SourceOptions
 from tests.sources import by_name, convert, jpeg, listed, not_listed
 
@@ -150,3 +152,66 @@ def test_training_folders_that_are_no_class_or_empty_are_refused(imagenet):
 def test_a_split_whose_folder_was_not_unpacked_is_refused(imagenet):
     (imagenet / "ILSVRC/Data/CLS-LOC/train").rename(imagenet / "elsewhere")
     assert "ILSVRC/Data/CLS-LOC/train: no such folder" in not_listed(imagenet)
+
+
+def test_it_is_found_from_a_folder_below_it_by_two_dots(imagenet, monkeypatch):
+    monkeypatch.chdir(imagenet / "ILSVRC/Data/CLS-LOC/train")
+    assert listed("..", "val").format == "ilsvrc"
+
+
+def test_an_archive_beside_it_is_not_taken_for_the_set(imagenet):
+    (imagenet / "imagenet.tar").write_bytes(b"")
+    (imagenet / "ILSVRC/Data/CLS-LOC/train/n01.tar").write_bytes(b"")
+    assert listed(imagenet).format == listed(imagenet / "ILSVRC/Data/CLS-LOC").format == "ilsvrc"
+
+
+@pytest.mark.parametrize("list_files_instead", [False, True])
+@pytest.mark.parametrize("name", ["LOC_synset_mapping.txt", "LOC_val_solution.csv"])
+def test_a_list_that_is_not_utf8_is_refused_in_one_line(imagenet, name, list_files_instead):
+    (imagenet / name).write_bytes((imagenet / name).read_bytes() + b"\xff")
+    with pytest.raises(UserError, match=name) as caught:
+        list_files(str(imagenet), "val") if list_files_instead else listed(imagenet, "val")
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_validation_images_that_are_links_that_lead_nowhere_are_refused(imagenet):
+    val = imagenet / "ILSVRC/Data/CLS-LOC/val"
+    for name in VAL:
+        (val / f"{name}.JPEG").unlink()
+        (val / f"{name}.JPEG").symlink_to("/gone")
+    assert f"{val / next(iter(VAL))}.JPEG: a link that leads nowhere (3 below" in not_listed(imagenet, "val")
+
+
+def labels_of(listing):
+    return {name: listing.classes[label] for name, label in zip(listing.names, listing.labels.tolist(), strict=True)}
+
+
+@pytest.mark.parametrize("is_sorted", [False, True])
+@pytest.mark.parametrize("keeps_solution", [False, True])
+def test_files_in_place_are_listed_as_a_conversion_lists_them(imagenet, monkeypatch, is_sorted, keeps_solution):
+    val = imagenet / "ILSVRC/Data/CLS-LOC/val"
+    if is_sorted:
+        for name, wnid in VAL.items():
+            (val / wnid).mkdir()
+            (val / f"{name}.JPEG").rename(val / wnid / f"{name}.JPEG")
+    if not keeps_solution:
+        (imagenet / "LOC_val_solution.csv").unlink()
+        if not is_sorted:
+            with pytest.raises(UserError, match=r"LOC_val_solution\.csv is missing"):
+                list_files(str(imagenet), "val")
+            return
+    monkeypatch.chdir(imagenet / "ILSVRC/Data/CLS-LOC")
+    for split in ("train", "val"):
+        files, converted = list_files(".", split), listed(imagenet, split)
+        assert labels_of(files) == labels_of(converted)
+        assert (files.format, files.classes, files.class_names) == ("ilsvrc", converted.classes, converted.class_names)
+
+
+def test_files_in_place_are_listed_in_the_format_that_is_asked_for(imagenet):
+    images = imagenet / "ILSVRC/Data/CLS-LOC"
+    (imagenet / "LOC_synset_mapping.txt").write_text("n01 tench\n")
+    assert list_files(str(images), "train", format="imagefolder").classes == sorted(SYNSETS)
+    with pytest.raises(UserError, match="not one of the 1 classes"):
+        list_files(str(images), "train")
+    with pytest.raises(UserError, match="holds no ILSVRC/Data/CLS-LOC"):
+        list_files(str(images / "train"), "train", format="ilsvrc")

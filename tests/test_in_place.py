@@ -192,9 +192,9 @@ def test_imagenet_lists_that_contradict_each_other_are_refused(tmp_path):
     write(tmp_path / "LOC_synset_mapping.txt", "\n".join(MAPPING.splitlines()[:2]))
     assert "n02012849 is none of the 2 classes of LOC_synset_mapping.txt" in refusal(tmp_path, tmp_path / "dst")
     (tmp_path / "LOC_val_solution.csv").unlink()
-    assert "LOC_val_solution.csv, which is in no folder above" in refusal(tmp_path, tmp_path / "dst", split="val")
+    assert "LOC_val_solution.csv is missing" in refusal(tmp_path, tmp_path / "dst", split="val")
     write(tmp_path / "LOC_val_solution.csv", "ImageId,PredictionString\nILSVRC2012_val_00000001\n")
-    assert "`ILSVRC2012_val_00000001` is no ImageId" in refusal(tmp_path, tmp_path / "dst", split="val")
+    assert "labels ILSVRC2012_val_00000001 as nothing" in refusal(tmp_path, tmp_path / "dst", split="val")
     assert not (tmp_path / "dst").exists()
 
 

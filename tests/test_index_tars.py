@@ -326,3 +326,38 @@ def test_manifest_and_index_have_what_every_other_set_has(indexed, tmp_path):
     mine = json.loads((indexed / "manifest.json").read_text())
     assert other.keys() - {"jpeg_quality"} <= mine.keys()
     assert {path.stem for path in (indexed / "index").iterdir()} == {*FIELDS, "keys"}
+
+
+def test_a_pattern_that_finds_tars_of_several_splits_gives_the_asked_ones_alone(tmp_path):
+    for name in ("train-0.tar", "train-1.tar", "val-0.tar", "more.tar", "train/a.tar", "val/a.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def names(pattern, split):
+        return [str(path.relative_to(tmp_path)) for path in find_tars(f"{tmp_path}/{pattern}", split)]
+
+    assert names("*.tar", "train") == ["train-0.tar", "train-1.tar"]
+    assert names("*.tar", "val") == ["val-0.tar"]
+    assert names("{val,train}/a.tar", "train") == ["train/a.tar"]
+    assert names("train-*.tar", "val") == ["train-0.tar", "train-1.tar"]  # of one split: named on purpose
+    (tmp_path / "val-0.tar").rename(tmp_path / "test-0.tar")
+    (tmp_path / "train-0.tar").rename(tmp_path / "validation-0.tar")
+    (tmp_path / "train-1.tar").unlink()
+    with pytest.raises(UserError, match=r"none of the split train .*in their names, or lie in a folder"):
+        names("*.tar", "train")
+
+
+def test_a_folder_with_tars_of_other_splits_says_how_a_splits_tars_are_called(tmp_path):
+    (tmp_path / "train-0.tar").touch()
+    with pytest.raises(UserError, match=r"none of the split val .*one of these words in their names") as caught:
+        find_tars(str(tmp_path), "val")
+    assert "*.tar" not in str(caught.value)
+
+
+def test_a_range_that_counts_down_and_a_link_that_leads_nowhere_are_refused_in_one_line(tmp_path):
+    assert "{005..001} counts down, so it names no tar" in refusal(tmp_path / "t-{005..001}.tar", tmp_path / "dst")
+    write_tar(tmp_path / "src" / "a.tar", range(2))
+    (tmp_path / "src" / "b.tar").symlink_to("gone")
+    for src in (tmp_path / "src", tmp_path / "src" / "*.tar"):
+        assert "b.tar: a link that leads nowhere (1 of 2 tars are)" in refusal(src, tmp_path / "dst")
+    assert not (tmp_path / "dst").exists()

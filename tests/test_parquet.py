@@ -270,3 +270,37 @@ def test_a_run_hit_at_any_moment_shows_whole_shards_only_and_is_finished_to_the_
     assert visible.items() <= reference.items()
     convert(source, tmp_path, *SMALL_SHARDS)
     assert contents(train) == reference
+
+
+def test_a_pattern_that_finds_files_of_several_splits_gives_the_asked_ones_alone(tmp_path):
+    for first, name in enumerate(["train-0.parquet", "train-1.parquet", "validation-0.parquet", "other.parquet"]):
+        write_parquet(tmp_path / name, first=100 * first)
+    assert by_name(listed(f"{tmp_path}/*.parquet")) == expected("train-0.parquet") | expected("train-1.parquet", 100)
+    assert by_name(listed(f"{tmp_path}/*.parquet", "val")) == expected("validation-0.parquet", 200)
+    (tmp_path / "validation-0.parquet").rename(tmp_path / "test-0.parquet")
+    (tmp_path / "train-0.parquet").rename(tmp_path / "dev-0.parquet")
+    (tmp_path / "train-1.parquet").unlink()
+    for src in (tmp_path, tmp_path / "*.parquet"):
+        text = not_listed(src)
+        assert "none of the split train (train, training). The names of a split's files start with" in text
+        assert "*.parquet'" not in text.replace(f"{src}:", "")
+
+
+def test_files_without_a_split_in_their_names_can_be_named_for_any(tmp_path):
+    write_parquet(tmp_path / "part-0.parquet")
+    for src in (tmp_path, tmp_path / "*.parquet", tmp_path / "part-0.parquet"):
+        assert by_name(listed(src, "val")) == expected("part-0.parquet")
+
+
+def test_a_folder_of_parquet_files_that_may_not_be_read_is_refused_and_not_left_out(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "a" / "train.parquet")
+    write_parquet(tmp_path / "b" / "train.parquet")
+    scandir = os.scandir
+
+    def refusing(path):
+        if str(path) == str(tmp_path / "b"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert f"{tmp_path / 'b'}: cannot be read (Permission denied)" in not_listed(tmp_path)

@@ -176,3 +176,61 @@ def test_download_dir_is_refused_for_other_sources(tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "a.jpg").write_bytes(jpeg(0))
     assert "only torchvision:NAME is downloaded" in not_listed(tmp_path, "train", in_folder(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "part"), [("INaturalist", "version"), ("Omniglot", "background"), ("LSUN", "classes")]
+)
+def test_sets_whose_parts_are_not_train_and_val_are_refused_before_a_download(tmp_path, name, part):
+    for split in ("train", "val"):
+        text = not_listed(f"torchvision:{name}", split, in_folder(tmp_path / "new"))
+        assert f"torchvision:{name}: its parts are chosen by {part}" in text
+    assert not (tmp_path / "new").exists()
+
+
+def test_emnist_is_refused_with_what_to_name_instead(tmp_path):
+    text = not_listed("torchvision:EMNIST", "train", in_folder(tmp_path / "new"))
+    assert "Valid values are {'byclass', " in text
+    assert "Name its files as SRC: FOLDER/emnist-letters-train-images-idx3-ubyte" in text
+
+
+def write_pets(folder):
+    base = folder / "OxfordIIITPet" / "oxford-iiit-pet"
+    for name in ("images", "annotations/trimaps"):
+        (base / name).mkdir(parents=True)
+    for split, number in (("trainval", 1), ("test", 2)):
+        (base / "annotations" / f"{split}.txt").write_text(f"Abyssinian_{number} 1 1 1\nbeagle_{number} 2 2 1\n")
+        for place, name in enumerate(["Abyssinian", "beagle"]):
+            (base / "images" / f"{name}_{number}.jpg").write_bytes(jpeg(10 * place + number))
+
+
+def write_places(folder):
+    base = folder / "Places365"
+    base.mkdir(parents=True)
+    (base / "categories_places365.txt").write_text("/a/airfield 0\n/b/bar 1\n")
+    (base / "places365_train_standard.txt").write_text("/a/airfield/1.jpg 0\n/b/bar/1.jpg 1\n")
+    (base / "places365_val.txt").write_text("v0.jpg 0\nv1.jpg 1\n")
+    files = ["data_large_standard/a/airfield/1.jpg", "data_large_standard/b/bar/1.jpg"]
+    for number, name in enumerate([*files, "val_large/v0.jpg", "val_large/v1.jpg"]):
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        (base / name).write_bytes(jpeg(number))
+
+
+@pytest.mark.parametrize(("name", "write"), [("OxfordIIITPet", write_pets), ("Places365", write_places)])
+def test_training_splits_with_other_names_are_known_and_files_keep_their_bytes(tmp_path, monkeypatch, name, write):
+    write(tmp_path)
+    monkeypatch.setattr(datasets.Places365, "_check_integrity", lambda *_: True)  # ours have other checksums
+    files = {path.read_bytes() for path in tmp_path.rglob("*.jpg")}
+    train, val = (by_name(listed(f"torchvision:{name}", split, in_folder(tmp_path))) for split in ("train", "val"))
+    assert (len(train), len(val)) == (2, 2)
+    assert {data for _, data in (train | val).values()} == files
+    assert {label for label, _ in train.values()} == {label for label, _ in val.values()}
+
+
+def test_an_error_of_a_set_is_not_taken_for_a_missing_split(tmp_path, monkeypatch):
+    def damaged(self):
+        raise ValueError("the labels are damaged")
+
+    monkeypatch.setattr(datasets.Food101, "_check_exists", damaged)
+    text = not_listed("torchvision:Food101", "val", in_folder(tmp_path))
+    assert "cannot be opened (the labels are damaged)" in text

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ast_dist.errors import UserError
 from data_prep.sources import digits, idx, ilsvrc, imagefolder, parquet, torchvision_dataset
-from data_prep.sources.listing import Listing
+from data_prep.sources.listing import Listing, readable
 from data_prep.sources.options import SourceOptions
 from data_prep.sources.tars import is_tars
 
@@ -30,30 +30,38 @@ def list_samples(source: str, src: str, split: str, options: SourceOptions) -> L
             raise UserError(f"--{name}-column {value}: only parquet files have columns, but {src} is {source}.")
     if options.download_dir is not None and source != "torchvision":
         raise UserError(f"--download-dir {options.download_dir}: only torchvision:NAME is downloaded, not {src}.")
-    return options.restrict(SOURCES[source](src, split, options))
+    with readable(src):
+        return options.restrict(SOURCES[source](src, split, options))
 
 
 def detect_format(src: str) -> str:
     """Name the source of `src`: the word `digits`, `torchvision:NAME`, tars (`wds`), or what a folder or file holds.
 
-    Raises UserError when `src` is none.
+    Raises UserError when `src` is none, or cannot be read.
     """
+    with readable(src):
+        return _detected(src)
+
+
+def _detected(src: str) -> str:
     if src == "digits":
         return "digits"
     if src.startswith(torchvision_dataset.PREFIX):
         return "torchvision"
-    if is_tars(src):
-        return "wds"
     path = Path(src)
+    if path.is_dir() and ilsvrc.locate(path):
+        return "ilsvrc"
+    # The archive that a folder was unpacked from often lies beside its train/ and val/ still.
+    if is_tars(src) and not (path.is_dir() and imagefolder.holds_classes(path)):
+        return "wds"
     if src.endswith(".parquet"):
         return "parquet"
     if not path.exists():
         raise UserError(
             f"{src}: no such folder. Name a folder with one folder of images per class, one of the other sources "
-            "(--help lists them), or `digits` for the digits that come with scikit-learn."
+            "(--help lists them, and --format says which it is), or `digits` for the digits that come with "
+            "scikit-learn."
         )
-    if ilsvrc.locate(path):
-        return "ilsvrc"
     if any(idx.find_images(path, split) for split in ("train", "val")):
         return "idx"
     if path.is_dir() and parquet.is_likely(path):

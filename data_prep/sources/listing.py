@@ -1,10 +1,13 @@
 """What a source says of itself before any image is read."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
+
+from ast_dist.errors import UserError
 
 
 class Reader(Protocol):
@@ -60,3 +63,15 @@ class Listing:
     passed_over: dict[str, int] = field(default_factory=dict)
     class_names: list[str] | None = None
     blocks: np.ndarray | None = None
+
+
+@contextlib.contextmanager
+def readable(src: str) -> Iterator[None]:
+    """Raise a UserError that names the file or folder where the file system refuses to read it."""
+    try:
+        yield
+    except OSError as error:
+        where = src if error.filename is None else error.filename
+        raise UserError(
+            f"{where}: cannot be read ({error.strerror or error}). Make it readable, or move it away."
+        ) from None

@@ -12,6 +12,7 @@ groups once and holds its own samples in memory.
 
 import errno
 import json
+import os
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -92,26 +93,44 @@ def is_likely(folder: Path) -> bool:
 def find_files(src: str, split: str) -> list[Path]:
     """The parquet files of a split: `src` itself, what a pattern such as `data/train-*.parquet` finds, or a folder's.
 
-    Raises UserError when a folder has files of other splits only.
+    Of a pattern that finds files of several splits only this one's are taken. Raises UserError when a folder has files
+    of other splits only, or such a pattern finds none of this split.
     """
     path = Path(src)
     if path.is_file():
         return [path] if path.suffix == ".parquet" else []
     if not path.is_dir():
-        return sorted(path.parent.glob(path.name)) if path.suffix == ".parquet" and path.parent.is_dir() else []
-    files = [
-        f for f in sorted(path.rglob("*.parquet")) if not any(p.startswith(".") for p in f.relative_to(path).parts)
-    ]
+        files = sorted(path.parent.glob(path.name)) if path.suffix == ".parquet" and path.parent.is_dir() else []
+        several = len({_split_name(Path(file.name)) for file in files} - {""}) > 1
+        return _of_split(src, path.parent, files, split) if several else files
+    return _of_split(src, path, _files_below(path), split)
+
+
+def _files_below(folder: Path) -> list[Path]:
+    """Sorted parquet files at any depth, hidden ones left out. Raises OSError where a folder cannot be listed."""
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    found: list[Path] = []
+    for path, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(path, name) for name in names if name.endswith(".parquet") and not name.startswith(".")]
+    return sorted(found)
+
+
+def _of_split(src: str, root: Path, files: list[Path], split: str) -> list[Path]:
     of_split: dict[str, list[Path]] = {}
     for file in files:
-        of_split.setdefault(_split_name(file.relative_to(path)), []).append(file)
+        of_split.setdefault(_split_name(file.relative_to(root)), []).append(file)
     for name in SPLIT_NAMES[split]:
         if name in of_split:
             return of_split[name]
     if set(of_split) - {""}:
         raise UserError(
             f"{src}: has parquet files of {' and '.join(sorted(set(of_split) - {''}))}, but none of the split {split} "
-            f"({', '.join(SPLIT_NAMES[split])}). Name its files: '{path / '*.parquet'}'"
+            f"({', '.join(SPLIT_NAMES[split])}). The names of a split's files start with one of these words, or they "
+            "lie in a folder of that name."
         )
     return files
 

@@ -2,14 +2,17 @@
 
 Where a data set holds image files (Food101, Flowers102, OxfordIIITPet, Imagenette, EuroSAT, …), their own bytes are
 taken. Where it holds arrays (CIFAR, MNIST, SVHN, STL10, …), each image is stored as PNG, without loss. Classes have
-torchvision's numbers. `val` is the split that torchvision calls val, valid, validation or test, in this order; of a
-data set without splits (EuroSAT, Caltech101) a fifth of each class is drawn for it, once and for all.
+torchvision's numbers. `train` is the split that torchvision calls train, trainval (OxfordIIITPet) or train-standard
+(Places365), `val` the one that it calls val, valid, validation or test, each the first of these that there is. Of a
+data set without splits (EuroSAT, Caltech101) a fifth of each class is drawn for `val`, once and for all. A data set
+whose parts are told apart by something else (INaturalist, Omniglot, EMNIST) is refused.
 """
 
 import contextlib
 import difflib
 import functools
 import inspect
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,9 +30,13 @@ from data_prep.sources.options import NO_OPTIONS, SourceOptions, cache_folder
 from data_prep.sources.pixels import expected_sizes, png_bytes
 
 PREFIX = "torchvision:"
-_SPLITS = {"train": ("train",), "val": ("val", "valid", "validation", "test")}
+_SPLITS = {"train": ("train", "trainval", "train-standard"), "val": ("val", "valid", "validation", "test")}
+# Arguments by which data sets without `train` and `split` choose a part: what is drawn for val from the part that they
+# take by default would be called validation images, although there are others.
+_CHOOSES_PART = ("version", "background", "classes", "image_set", "subset", "partition", "fold", "year", "mode")
+_UNKNOWN_SPLIT = re.compile(r"Unknown value .* for argument split\b")
 # Where torchvision keeps the paths of a data set's files, alone or each with its label, and where the labels.
-_PATHS = ("samples", "_samples", "_image_files", "_images")
+_PATHS = ("samples", "_samples", "_image_files", "_images", "imgs")
 _LABELS = ("targets", "labels", "_labels", "y")
 
 
@@ -119,6 +126,11 @@ def _find(name: str, folder: Path, split: str) -> tuple[Any, dict[str, Any]]:
         candidates = [{**common, "train": split == "train"}]
     elif "split" in parameters:
         candidates = [{**common, "split": word} for word in _SPLITS[split]]
+    elif chooses := [parameter for parameter in _CHOOSES_PART if parameter in parameters]:
+        raise UserError(
+            f"{PREFIX}{name}: its parts are chosen by {chooses[0]}, so it is not known which are train and val. "
+            "Unpack it, and name the folder of each split as SRC."
+        )
     else:
         candidates = [common]
     refused = ""
@@ -126,9 +138,7 @@ def _find(name: str, folder: Path, split: str) -> tuple[Any, dict[str, Any]]:
         try:
             return _open(name, tuple(arguments.items())), arguments
         except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:
-            if (
-                isinstance(error, ValueError) and "split" in arguments
-            ):  # so torchvision says that it knows no such split
+            if isinstance(error, ValueError) and _UNKNOWN_SPLIT.match(str(error)):
                 refused = _reason(error)
                 continue
             if "download" not in parameters or not isinstance(error, RuntimeError | OSError):
@@ -141,7 +151,8 @@ def _find(name: str, folder: Path, split: str) -> tuple[Any, dict[str, Any]]:
                 f"{PREFIX}{name}: cannot be downloaded to {folder} ({_reason(error)}). Try again, or lay its files "
                 "there as torchvision does."
             ) from None
-    raise UserError(f"{PREFIX}{name}: has no split that could be {split} ({refused}).")
+    files = " Name its files as SRC: FOLDER/emnist-letters-train-images-idx3-ubyte" if name == "EMNIST" else ""
+    raise UserError(f"{PREFIX}{name}: has no split that could be {split} ({refused.rstrip('.')}).{files}")
 
 
 @functools.lru_cache(maxsize=2)
