@@ -1,10 +1,11 @@
 """Verify shards, sample by sample: `python -m data_prep.check_shards DST`.
 
-DST is a split's folder, or one that holds such folders. Every shard is read whole: its checksum, its structure as a
-tar, DALI's .idx, and for every sample of the index the bytes' CRC, the label and the size of the decoded image. Of data
-that were indexed where they lie, every tar is held against its index the same way (it needs no .idx), and every loose
-file is read, held against what the index knows of it, and decoded. Prints every fault and ends with exit code 0 when
-there is none, 1 when there is any, 2 when DST holds no set, or the folder of its data is not there.
+DST is a split's folder, or one that holds such folders. The index is held against its checksums, and every shard is
+read whole: its checksum, its structure as a tar, DALI's .idx, and for every sample of the index the bytes' CRC, the
+label and the size of the decoded image. Of data that were indexed where they lie, every tar is held against its index
+the same way (it needs no .idx), and every loose file is read, held against what the index knows of it, and decoded.
+Prints every fault and ends with exit code 0 when there is none, 1 when there is any, 2 when DST holds no set, or the
+folder of its data is not there.
 """
 
 import sys

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -599,3 +600,15 @@ def test_numpys_own_way_of_saying_that_the_disk_is_full_is_understood(tree, tmp_
     assert "the disk is full (" in refusal(tree[0], tmp_path)
     monkeypatch.undo()
     assert convert(tree[0], tmp_path) == 0
+
+
+def test_a_run_that_waited_says_that_the_set_is_finished_though_the_other_removed_the_state(tmp_path, monkeypatch):
+    from data_prep import destination
+
+    def finished_by_another(folder):
+        shutil.rmtree(folder / ".unfinished")
+        raise UserError("holds a finished set already")
+
+    monkeypatch.setattr(destination, "refuse_finished", finished_by_another)
+    with pytest.raises(UserError, match="finished set already"), destination.held_alone(tmp_path, ".unfinished"):
+        pass
