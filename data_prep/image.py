@@ -168,7 +168,7 @@ def _as_png(data: bytes) -> bytes:
     try:
         with _quiet():
             image = _open(data)
-            if image.mode == "F" and image.getextrema()[1] <= 1:
+            if image.mode == "F" and np.asarray(image).max() <= 1:
                 raise DamagedImage("floating-point values of at most 1, which 8 bits would make black")
             if image.mode not in _PNG_MODES:
                 image = image.convert("RGB")
