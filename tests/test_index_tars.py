@@ -268,6 +268,33 @@ def faults(folder, capsys, *options):
     return lines
 
 
+def test_tars_of_one_split_are_not_taken_for_the_other(tars, tmp_path):
+    make(tars, tmp_path / "dst")
+    assert f"{tars}: the samples of the split val are those of train" in refusal(tars, tmp_path / "dst", split="val")
+    write_tar(tars / "x-2.tar", range(10, 15))
+    text = refusal(tars, tmp_path / "dst", split="val")
+    assert "x-0.tar: in the split val and in" in text
+    assert "as 2 of 3 tars are" in text
+    assert make(f"{tars}/x-2.tar", tmp_path / "dst", split="val").num_samples == 5
+
+
+def test_numbers_in_tars_take_no_names_from_a_split_that_was_not_made_of_tars(tars, tmp_path):
+    for number, name in enumerate("abc"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "x.jpg").write_bytes(picture(number))
+    make(tmp_path / "images", tmp_path / "dst", "--no-decode-check")
+    text = refusal(tars, tmp_path / "dst", split="val")
+    assert "its labels are numbers" in text
+    assert "with --class-names" in text
+    (tmp_path / "names.txt").write_text("b\na\nc\n")
+    named = f"--class-names={tmp_path / 'names.txt'}"
+    text = refusal(tars, tmp_path / "dst", named, split="val")
+    assert "the order differs: class 0 is b here and a there" in text
+    assert not list((tmp_path / "dst" / "val").glob("manifest.json"))
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    assert make(tars, tmp_path / "dst", named, split="val").manifest["classes"] == ["a", "b", "c"]
+
+
 def test_check_shards_finds_nothing_in_whole_tars_though_they_have_no_idx(indexed, capsys):
     assert faults(indexed, capsys, "--no-decode") == ["10 samples in 2 shards, 3 classes: clean"]
     shutil.copytree(indexed.parent, indexed.parent.parent / "copy")
@@ -329,30 +356,3 @@ def test_manifest_and_index_have_what_every_other_set_has(indexed, tmp_path):
     mine = json.loads((indexed / "manifest.json").read_text())
     assert other.keys() - {"jpeg_quality", "listing_sha256"} <= mine.keys()
     assert {path.stem for path in (indexed / "index").iterdir()} == {*FIELDS, "keys"}
-
-
-def test_tars_of_one_split_are_not_taken_for_the_other(tars, tmp_path):
-    make(tars, tmp_path / "dst")
-    assert f"{tars}: the samples of the split val are those of train" in refusal(tars, tmp_path / "dst", split="val")
-    write_tar(tars / "x-2.tar", range(10, 15))
-    text = refusal(tars, tmp_path / "dst", split="val")
-    assert "x-0.tar: in the split val and in" in text
-    assert "as 2 of 3 tars are" in text
-    assert make(f"{tars}/x-2.tar", tmp_path / "dst", split="val").num_samples == 5
-
-
-def test_numbers_in_tars_take_no_names_from_a_split_that_was_not_made_of_tars(tars, tmp_path):
-    for number, name in enumerate("abc"):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        (tmp_path / "images" / name / "x.jpg").write_bytes(picture(number))
-    make(tmp_path / "images", tmp_path / "dst", "--no-decode-check")
-    text = refusal(tars, tmp_path / "dst", split="val")
-    assert "its labels are numbers" in text
-    assert "with --class-names" in text
-    (tmp_path / "names.txt").write_text("b\na\nc\n")
-    named = f"--class-names={tmp_path / 'names.txt'}"
-    text = refusal(tars, tmp_path / "dst", named, split="val")
-    assert "the order differs: class 0 is b here and a there" in text
-    assert not list((tmp_path / "dst" / "val").glob("manifest.json"))
-    (tmp_path / "names.txt").write_text("a\nb\nc\n")
-    assert make(tars, tmp_path / "dst", named, split="val").manifest["classes"] == ["a", "b", "c"]
