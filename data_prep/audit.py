@@ -12,8 +12,10 @@ import numpy as np
 from ast_dist.data.checksum import crc32
 from ast_dist.data.index import FIELDS, KEYS_NAME, load_field
 from data_prep.dali_index import Member, dali_index
+from data_prep.facts import WIDE_PNG
 from data_prep.image import DamagedImage, decode_rgb
 from data_prep.pool import advance, counted
+from data_prep.tar import bytes_behind_end
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,8 @@ def _members(path: Path, found: ShardFaults) -> tuple[list[Member], dict[str, by
                 if member.extension == "cls":
                     content = tar.extractfile(info)
                     labels[member.key] = content.read() if content else b""
+            if behind := bytes_behind_end(path, tar.offset):
+                found.faults.append(f"{behind}, where readers stop")
     except (tarfile.TarError, EOFError, OSError) as error:
         after = f"after {members[-1].name}" if members else "at its start"
         found.faults.append(f"the tar cannot be read {after} ({error})")
@@ -170,9 +174,17 @@ def fault_of_bytes(data: bytes, fields: dict[str, np.ndarray], row: int, decode:
         return f"damaged, CRC-32 is {found:08x}, but the index states {stated:08x}"
     if decode:
         try:
-            height, width = decode_rgb(data).shape[:2]
+            height, width = decoded_size(data)
         except DamagedImage as error:
             return f"cannot be decoded ({error})"
         if (height, width) != (int(fields["height"][row]), int(fields["width"][row])):
             return f"{width}×{height} pixels, but the index states {fields['width'][row]}×{fields['height'][row]}"
     return ""
+
+
+def decoded_size(data: bytes) -> tuple[int, int]:
+    """Height and width of an image as training decodes it, pixels. Raises DamagedImage where training would refuse."""
+    pixels = decode_rgb(data)
+    if pixels.dtype != np.uint8:
+        raise DamagedImage(WIDE_PNG)
+    return pixels.shape[0], pixels.shape[1]

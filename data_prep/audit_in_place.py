@@ -8,9 +8,9 @@ import numpy as np
 
 from ast_dist.data.index import FIELDS, KEYS_NAME, load_field
 from ast_dist.errors import UserError
-from data_prep.audit import ShardAudit, ShardFaults, check_file, ends, fault_of_bytes
+from data_prep.audit import ShardAudit, ShardFaults, check_file, decoded_size, ends, fault_of_bytes
 from data_prep.facts import image_facts
-from data_prep.image import DamagedImage, decode_rgb
+from data_prep.image import DamagedImage
 from data_prep.pool import advance, counted
 from data_prep.tar_scan import TarRecord, scan_tar
 
@@ -59,7 +59,7 @@ def _fault_of_file(path: Path, stated: dict[str, int], decode: bool) -> str:
     if stated["size"] and len(data) != stated["size"]:
         return f"has {len(data):,} bytes, but the index states {stated['size']:,}"
     try:
-        height, width = decode_rgb(data).shape[:2] if decode else image_facts(data)[:2]
+        height, width = decoded_size(data) if decode else image_facts(data)[:2]
     except DamagedImage as error:
         return f"cannot be decoded ({error})"
     if stated["height"] and (height, width) != (stated["height"], stated["width"]):

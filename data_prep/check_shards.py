@@ -1,10 +1,11 @@
 """Verify shards, sample by sample: `python -m data_prep.check_shards DST`.
 
-DST is a split's folder, or one that holds such folders. Every shard is read whole: its checksum, its structure as a
-tar, DALI's .idx, and for every sample of the index the bytes' CRC, the label and the size of the decoded image. Of data
-that were indexed where they lie, every tar is held against its index the same way (it needs no .idx), and every loose
-file is read, held against what the index knows of it, and decoded. Prints every fault and ends with exit code 0 when
-there is none, 1 when there is any, 2 when DST holds no set, or the folder of its data is not there.
+DST is a split's folder, or one that holds such folders. The index is held against its checksums, and every shard is
+read whole: its checksum, its structure as a tar, DALI's .idx, and for every sample of the index the bytes' CRC, the
+label and the size of the decoded image. Of data that were indexed where they lie, every tar is held against its index
+the same way (it needs no .idx), and every loose file is read, held against what the index knows of it, and decoded.
+Prints every fault and ends with exit code 0 when there is none, 1 when there is any, 2 when DST holds no set, or the
+folder of its data is not there.
 """
 
 import sys
@@ -99,8 +100,8 @@ def _container(root: Path, manifest: dict[str, Any]) -> str:
 
 def _check_files(root: Path, manifest: dict[str, Any], arguments: Arguments) -> list[str]:
     """Every fault of a split of loose files, in the order of the samples."""
-    faults = _faults_of_index(root, manifest)
-    if faults:
+    readable, faults = _faults_of_index(root, manifest)
+    if not readable:
         return faults
     count = manifest["num_samples"]
     audits = [
@@ -124,13 +125,12 @@ def _check_files(root: Path, manifest: dict[str, Any], arguments: Arguments) -> 
         label=root.name,
         preload=["data_prep.audit_in_place", *(["torchvision.io"] if arguments.decode else [])],
     )
-    return [fault for number in range(len(audits)) for fault in found[number]]
+    return faults + [fault for number in range(len(audits)) for fault in found[number]]
 
 
 def _check_split(root: Path, manifest: dict[str, Any], arguments: Arguments) -> list[str]:
     """Every fault of one split, in the order of the shards."""
-    faults = _faults_of_index(root, manifest)
-    readable = not faults
+    readable, faults = _faults_of_index(root, manifest)
     shards = manifest["shards"]
     ends = np.cumsum([shard["samples"] for shard in shards]).tolist()
     audits = [
@@ -160,19 +160,20 @@ def _check_split(root: Path, manifest: dict[str, Any], arguments: Arguments) -> 
     return faults + [f"{shards[n]['name']}: {fault}" for n in range(len(shards)) for fault in found[n].faults]
 
 
-def _faults_of_index(root: Path, manifest: dict[str, Any]) -> list[str]:
-    faults = []
-    stated = manifest.get("index_sha256", {}) if manifest.get("layout") == "files" else {}
+def _faults_of_index(root: Path, manifest: dict[str, Any]) -> tuple[bool, list[str]]:
+    """Whether every field can be read, and what is wrong with them."""
+    readable, faults = True, []
+    stated = manifest.get("index_sha256", {})
     for name in [*FIELDS, KEYS_NAME]:
         try:
             load_field(root, name, manifest["num_samples"])
         except UserError as error:
+            readable = False
             faults.append(str(error).removeprefix(f"{root}/"))
             continue
-        # A shard states labels and places itself, and is held against them; loose files do not.
         if name in stated and (found := file_sha256(field_path(root, name))) != stated[name]:
             faults.append(f"index/{name}.npy: SHA-256 is {found[:16]}…, but the manifest states {stated[name][:16]}…")
-    return faults
+    return readable, faults
 
 
 def _repeated_keys(keys: Iterable[list[str]]) -> list[str]:

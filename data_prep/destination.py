@@ -80,7 +80,7 @@ def held_alone(folder: Path, state: str) -> Iterator[list[Path]]:
         try:
             refuse_finished(folder)  # the run that held the lock before may have just finished
         except UserError:
-            shutil.rmtree(unfinished)
+            shutil.rmtree(unfinished, ignore_errors=True)  # another run that waited may be removing it, too
             raise
         yield created
 

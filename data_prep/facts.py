@@ -7,10 +7,13 @@ from data_prep.image import DamagedImage
 
 # What training decodes. Other images would have to be stored anew, which is what make_shards does without --index-only.
 DECODED_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+WIDE_PNG = "PNG of 16 bits, which training does not decode; convert the set"
+# What comes of images that are unusual, by ImageFacts.unusual.
+WARNINGS = {"turned by EXIF": "decoders do not turn them", "CMYK": "decoders disagree on their colours"}
 
 
 class ImageFacts(NamedTuple):
-    """height, width: pixels, EXIF not followed. unusual: what decoders may disagree on, or empty."""
+    """height, width: pixels, EXIF not followed. unusual: a key of WARNINGS, or empty."""
 
     height: int
     width: int
@@ -25,11 +28,11 @@ def image_facts(data: bytes) -> ImageFacts:
         raise DamagedImage(str(error)) from None
     if header.kind == "other":
         raise DamagedImage("neither JPEG nor PNG nor WebP")
+    if header.kind == "png" and header.bits == 16:
+        raise DamagedImage(WIDE_PNG)
     unusual = ""
     if exif_orientation(data, header.kind):
         unusual = "turned by EXIF"
     elif header.kind == "jpeg" and header.components == 4:
         unusual = "CMYK"
-    elif header.kind == "png" and header.bits == 16:
-        unusual = "PNG of 16 bits"
     return ImageFacts(header.height, header.width, unusual)

@@ -22,6 +22,8 @@ SUFFIXES = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".t
 _EXTENSIONS = {"jpeg": "jpg", "png": "png", "webp": "webp"}
 # What Pillow may open. It knows more formats, but some start other programs, and none is one of photographs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+# What Pillow writes to PNG as it is; the last three have 16 bits, which are reduced afterwards.
+_PNG_MODES = {"1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16", "I;16B"}
 
 
 class DamagedImage(Exception):
@@ -165,7 +167,14 @@ def _as_png(data: bytes) -> bytes:
     buffer = io.BytesIO()
     try:
         with _quiet():
-            _open(data).save(buffer, "PNG")
+            image = _open(data)
+            if image.mode == "F" and np.asarray(image).max() <= 1:
+                raise DamagedImage("floating-point values of at most 1, which 8 bits would make black")
+            if image.mode not in _PNG_MODES:
+                image = image.convert("RGB")
+            image.save(buffer, "PNG")
+    except DamagedImage:
+        raise
     except Exception as error:  # noqa: BLE001 - what Pillow raises for a broken file depends on its format
         raise DamagedImage(_first_line(error)) from None
     return buffer.getvalue()

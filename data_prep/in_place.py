@@ -17,15 +17,17 @@ from typing import Any
 import numpy as np
 
 from ast_dist import __version__
-from ast_dist.data.index import MANIFEST_NAME, read_manifest, write_index, write_manifest
+from ast_dist.data.index import MANIFEST_NAME, write_index, write_manifest
 from ast_dist.errors import UserError
 from data_prep.destination import INDEXING, UNFINISHED, held_alone, refuse_foreign, remove_empty
+from data_prep.facts import WARNINGS
 from data_prep.file_check import CheckedFiles, FilesTask, check_files
 from data_prep.pool import counted, run_tasks
 from data_prep.shard import FIELDS, DamagedSourceError
 from data_prep.sources.imagefolder import ReadFile
 from data_prep.sources.listing import Listing
 from data_prep.sources.tars import find_tars
+from data_prep.splits import difference_of_classes, listing_sha256, other_split, refuse_same_tars
 from data_prep.tar_scan import TarRecord, estimated_samples
 from data_prep.tar_task import TarTask, index_tar, load_record
 
@@ -77,6 +79,7 @@ def index_files(settings: Settings, listing: Listing, check: bool) -> None:
                 _refuse_lost_class(settings, listing, fields["label"], damaged)
             manifest = _manifest(settings, listing.format, listing.classes, len(keys), damaged, unusual)
             manifest |= {"layout": "files", "data_root": root, "shards": []}
+            manifest["listing_sha256"] = listing_sha256(listing, in_place=True)
             _finish(folder, fields, keys, manifest)
         except BaseException:
             _remove_own(folder, created)
@@ -95,6 +98,8 @@ def index_tars(settings: Settings, class_names: Path | None) -> None:
     folder = settings.folder
     names = _read_class_names(class_names) if class_names else None
     tars = find_tars(settings.src, settings.split)
+    refuse_same_tars(settings.src, folder, tars)
+    _refuse_unnamed(settings, names)
     root = Path(os.path.commonpath([tar.parent for tar in tars]))
     is_beside = folder.exists() and root.resolve() == folder.resolve()
     if not is_beside:
@@ -229,16 +234,28 @@ def _classes(settings: Settings, names: list[str] | None, path: Path | None, hig
         raise UserError(f"{settings.src}: label {highest:,} is no class number (0 to {MOST_CLASSES - 1:,}).")
     if names is not None and len(names) <= highest:
         raise UserError(f"--class-names {path}: {len(names):,} names, but the highest label is {highest:,}.")
-    other = settings.folder.parent / ({"train", "val"} - {settings.split}).pop()
-    if not (other / MANIFEST_NAME).is_file():
+    found = other_split(settings.folder)
+    if found is None:
         return names or [str(number) for number in range(highest + 1)]
-    there = list(map(str, read_manifest(other)[0]["classes"]))
-    if len(there) <= highest or (names is not None and names != there):
+    other, there = found[0], list(map(str, found[1]["classes"]))
+    difference = difference_of_classes(names, there) if names else ""
+    if len(there) <= highest or difference:
         raise UserError(
             f"{settings.src}: {len(names) if names else highest + 1:,} classes, but {other} has {len(there):,}, and "
-            "both splits need the same. Name all of them with --class-names when you index either."
+            f"both splits need the same{f'; {difference}' if difference else ''}. Name all of them with --class-names "
+            "when you index either."
         )
     return there
+
+
+def _refuse_unnamed(settings: Settings, names: list[str] | None) -> None:
+    """Tars have numbers alone: whether another source numbered its classes alike, only the person knows."""
+    found = other_split(settings.folder)
+    if names is None and found and found[1].get("source") != "wds":
+        raise UserError(
+            f"{settings.src}: its labels are numbers, and {found[0]} was not made of tars, so nothing says whether "
+            "they mean the same classes. Name them in the order of their numbers with --class-names."
+        )
 
 
 def _manifest(
@@ -297,8 +314,8 @@ def _report(settings: Settings, manifest: Mapping[str, Any], where: str, seconds
         f"{where}, {seconds:.1f} s ({seen / seconds:,.0f} images/s)"
     )
     if manifest["unusual"]:
-        kinds = ", ".join(f"{count:,} {what}" for what, count in manifest["unusual"].items())
-        print(f"  warning: these stay as they are, and decoders do not follow EXIF: {kinds}")
+        kinds = ", ".join(f"{count:,} {what} ({WARNINGS[what]})" for what, count in manifest["unusual"].items())
+        print(f"  warning: these stay as they are: {kinds}")
     if damaged:
         print(
             f"  left out, since they are damaged or incomplete: {len(damaged):,} (all are in {folder / MANIFEST_NAME})"

@@ -9,6 +9,7 @@ Two runs give the same bytes, whatever the number of workers. A run that was kil
 `.unfinished`, and no manifest; the same command goes on from there.
 """
 
+import dataclasses
 import errno
 import re
 import shutil
@@ -24,7 +25,7 @@ from tyro.conf import Positional, arg
 
 from ast_dist import __version__
 from ast_dist.arguments import parse_arguments
-from ast_dist.data.index import MANIFEST_NAME, read_manifest, replaced_file, write_index, write_manifest
+from ast_dist.data.index import MANIFEST_NAME, replaced_file, write_index, write_manifest
 from ast_dist.errors import UserError, run_command
 from data_prep.destination import INDEXING, UNFINISHED, held_alone, refuse_finished, refuse_foreign, remove_empty
 from data_prep.image import JPEG_QUALITY
@@ -36,8 +37,12 @@ from data_prep.sources import detect_format, list_samples
 from data_prep.sources.files import list_files
 from data_prep.sources.listing import Listing
 from data_prep.sources.options import ClassFile, SourceOptions
+from data_prep.splits import difference_of_classes, listing_sha256, other_split, refuse_same_samples
 
 SHOWN_DAMAGED = 10
+LARGEST_SHARD_MB = 1e6
+# What decides how images are stored and where a source has them; data that stay where they are have no use for it.
+_OF_CONVERSION = ("shard_mb", "jpeg_quality", "decode_check", "image_column", "label_column", "download_dir")
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,10 @@ class Arguments:
     """Where torchvision's data sets lie or are downloaded to (default: ~/.cache/ast_dist/torchvision)."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.shard_mb < float("inf"):
-            raise UserError(f"--shard-mb is {self.shard_mb:g}, but must be above 0.")
+        if not 0 < self.shard_mb <= LARGEST_SHARD_MB:
+            raise UserError(
+                f"--shard-mb is {self.shard_mb:g}, but must be above 0 and at most {LARGEST_SHARD_MB:,.0f}."
+            )
         if self.resize_short is not None and self.resize_short < 1:
             raise UserError(f"--resize-short is {self.resize_short}, but must be at least 1 pixel.")
         if not 1 <= self.jpeg_quality <= 100:
@@ -95,12 +102,43 @@ class Arguments:
             )
         if self.check_files and not self.index_only:
             raise UserError("--check-files goes with --index-only; a conversion reads every image anyway.")
+        if self.index_only:
+            self.refuse_idle("--index-only")
+
+    def refuse_idle(self, why: str) -> None:
+        """Refuse options of a conversion that were given, and that `why` leaves without effect. Raises UserError."""
+        for field in dataclasses.fields(self):
+            if field.name in _OF_CONVERSION and getattr(self, field.name) != field.default:
+                option = f"--{'no-' if field.default is True else ''}{field.name.replace('_', '-')}"
+                raise UserError(f"{option} has no effect with {why}, which stores nothing anew. Leave it out.")
 
 
 def main(argv: list[str]) -> int:
     """Make one split. Returns the exit code 0; raises UserError for what the person can mend."""
     arguments = parse_arguments(Arguments, argv, "python -m data_prep.make_shards")
     folder = arguments.dst / arguments.split
+    try:
+        return _make(arguments, folder)
+    except OSError as error:
+        if not _says_full(error):
+            raise
+        raise UserError(
+            f"{folder}: the disk is full ({shutil.disk_usage(_existing(folder)).free:,} bytes are free). Make room or "
+            "choose another DST, and run the same command again."
+        ) from None
+
+
+def _says_full(error: OSError) -> bool:
+    # numpy writes arrays past Python's files and then knows no errno: "4096 requested and 1024 written".
+    without_errno = error.errno is None and " requested and " in str(error)
+    return without_errno or error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in [folder, *folder.absolute().parents] if path.exists())
+
+
+def _make(arguments: Arguments, folder: Path) -> int:
     refuse_finished(folder)
     source = detect_format(arguments.src) if arguments.format == "auto" else arguments.format
     settings = Settings(arguments.src, folder, arguments.split, arguments.seed, arguments.workers)
@@ -113,10 +151,11 @@ def main(argv: list[str]) -> int:
     refuse_foreign(folder, INDEXING if arguments.index_only else UNFINISHED)
     options = _source_options(arguments)
     if arguments.index_only and source in ("imagefolder", "ilsvrc"):
-        listing = options.restrict(list_files(arguments.src, arguments.split))
+        listing = options.restrict(list_files(arguments.src, arguments.split, format=arguments.format))
     else:
         listing = list_samples(source, arguments.src, arguments.split, options)
-    _refuse_other_classes(arguments, listing)
+    _refuse_other_classes(arguments, folder, listing)
+    refuse_same_samples(arguments.src, folder, listing)
     if listing.passed_over:
         found = ", ".join(f"{count:,} × {suffix}" for suffix, count in Counter(listing.passed_over).most_common(5))
         print(f"{arguments.split}: files passed over, since they are no images: {found}", file=sys.stderr, flush=True)
@@ -140,10 +179,13 @@ def main(argv: list[str]) -> int:
         try:
             records, reused = _write_shards(folder, arguments, plan)
             manifest = _manifest(arguments, listing, records)
-        except DamagedSourceError:
-            _remove_own(folder, created, arguments.split)
+            _finish(folder, records, manifest)
+        except (UserError, OSError) as error:
+            # Finished shards stay for the next run, unless they can never become a set.
+            is_of_use = not isinstance(error, DamagedSourceError) and bool(_kept_records(folder, plan))
+            if not is_of_use and not (folder / MANIFEST_NAME).is_file():
+                _remove_own(folder, created, arguments.split)
             raise
-        _finish(folder, records, manifest)
     _report(folder, manifest, reused, time.monotonic() - started)
     return 0
 
@@ -158,6 +200,11 @@ def _source_options(arguments: Arguments) -> SourceOptions:
 
 
 def _refuse_options_of_others(arguments: Arguments) -> None:
+    arguments.refuse_idle(f"the tars of {arguments.src}")
+    if arguments.check_files:
+        raise UserError(
+            f"--check-files opens loose files, but the tars of {arguments.src} are read whole. Leave it out."
+        )
     if arguments.resize_short is not None:
         raise UserError(
             f"--resize-short changes images, but the tars of {arguments.src} are only indexed. Leave the option out."
@@ -166,24 +213,21 @@ def _refuse_options_of_others(arguments: Arguments) -> None:
         raise UserError(f"--classes takes some of the classes, but the tars of {arguments.src} are indexed whole.")
 
 
-def _refuse_other_classes(arguments: Arguments, listing: Listing) -> None:
-    """Class numbers follow the sorted names, so splits with different classes would disagree on the numbers."""
-    for other in {"train", "val"} - {arguments.split}:
-        if not (arguments.dst / other / MANIFEST_NAME).is_file():
-            continue
-        classes = read_manifest(arguments.dst / other)[0]["classes"]
-        if classes != listing.classes:
-            differing = sorted({*classes} ^ {*listing.classes})
-            named = f"; {differing[0]} is in one only" if differing else ""
-            raise UserError(
-                f"{arguments.src}: the split {arguments.split} has {len(listing.classes)} classes, but "
-                f"{arguments.dst / other} has {len(classes)}{named}. Both need the same, since a class's number is its "
-                "place among the sorted names."
-            )
+def _refuse_other_classes(arguments: Arguments, folder: Path, listing: Listing) -> None:
+    """Splits with other classes, or with the same ones in another order, would disagree on their numbers."""
+    found = other_split(folder)
+    if found is None:
+        return
+    other, classes = found[0], found[1]["classes"]
+    if difference := difference_of_classes(listing.classes, classes):
+        raise UserError(
+            f"{arguments.src}: the split {arguments.split} has {len(listing.classes)} classes, but {other} has "
+            f"{len(classes)}; {difference}. Both need the same, since a class's number is its place among them."
+        )
 
 
 def _refuse_full_disk(folder: Path, plan: Plan) -> None:
-    existing = next(path for path in [folder, *folder.absolute().parents] if path.exists())
+    existing = _existing(folder)
     kept = _kept_records(folder, plan)
     needed = sum(size for number, size in enumerate(plan.planned_bytes) if number not in kept)
     if needed > shutil.disk_usage(existing).free:
@@ -238,7 +282,7 @@ def _write_shards(folder: Path, arguments: Arguments, plan: Plan) -> tuple[list[
         print(f"{arguments.split}: {_how_far(records, plan)}; the same command goes on from there.", file=sys.stderr)
         raise
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not _says_full(error):
             raise
         needed = sum(size for number, size in enumerate(plan.planned_bytes) if number not in records)
         raise UserError(
@@ -286,6 +330,7 @@ def _manifest(arguments: Arguments, listing: Listing, records: list[ShardRecord]
         "converter_version": __version__,
         "split": arguments.split,
         "source": listing.format,
+        "listing_sha256": listing_sha256(listing, in_place=False),
         "seed": arguments.seed,
         "decode_check": arguments.decode_check,
         "resize_short": arguments.resize_short,

@@ -5,12 +5,15 @@ TarWriter takes torch with it, 1.4 s of a core. A test holds the two writers aga
 """
 
 import tarfile
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import numpy as np
 
 BLOCK = 512  # bytes: a tar's headers take one, and file contents are padded to whole ones
 RECORD = 20 * BLOCK  # a tar's size is a multiple of it
+
+_READ_BEHIND_END = 1 << 20
 
 Sizes = TypeVar("Sizes", int, np.ndarray)
 
@@ -29,6 +32,25 @@ class Writable(Protocol):
 def tar_bytes(sizes: Sizes) -> Sizes:
     """Bytes that an image of this size, or each of an array of sizes, takes in a shard with its .cls and headers."""
     return 3 * BLOCK + (sizes + BLOCK - 1) // BLOCK * BLOCK
+
+
+def bytes_behind_end(path: Path, mark: int) -> str:
+    """What follows the mark of a tar's end, as where tars were joined with cat: text for a message, or empty.
+
+    mark: its offset. Zeros are padding, and so is what fills the last record; of the rest the beginning is read.
+    Raises OSError.
+    """
+    end = -(-(mark + 2 * BLOCK) // RECORD) * RECORD
+    behind = path.stat().st_size - end
+    if behind <= 0:
+        return ""
+    with path.open("rb") as file:
+        file.seek(mark)
+        if file.read(BLOCK).strip(b"\0"):
+            return ""  # a damaged header, which is another fault
+        file.seek(end)
+        is_padding = not file.read(_READ_BEHIND_END).strip(b"\0")
+    return "" if is_padding else f"{behind:,} bytes follow the tar's end at offset {end:,}"
 
 
 class TarWriter:

@@ -27,6 +27,7 @@ from data_prep.dali_index import Member
 from data_prep.facts import DECODED_SUFFIXES, ImageFacts, image_facts
 from data_prep.image import DamagedImage
 from data_prep.shard import FIELDS, DamagedSourceError
+from data_prep.tar import bytes_behind_end
 
 LARGEST_INCOMPLETE_SHARE = 0.01  # of a tar's samples; more than these are a layout that is not understood
 _LABEL_KEYS = ("label", "class", "cls", "class_index")
@@ -155,6 +156,11 @@ def _parts(path: Path, file: "_HashedFile") -> Iterator[_Part]:
             f"{path}: the header after {last}, at offset {file.position - len(file.last_block):,}, is damaged or cut "
             "short. Fetch the tar again."
         )
+    if behind := bytes_behind_end(path, tar.offset):
+        raise UserError(
+            f"{path}: {behind}, and readers stop there. Were tars joined? Join them with `tar --concatenate`, or index "
+            "them apart."
+        )
 
 
 def _is_of_a_sample(member: Member) -> bool:
@@ -200,7 +206,7 @@ def _number(text: bytes) -> int | None:
 def _label_of_json(data: bytes) -> int | None:
     try:
         content = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):  # the latter for brackets in brackets in brackets
         return None
     if not isinstance(content, dict):
         return None

@@ -12,6 +12,7 @@ from PIL import Image
 from ast_dist.data.index import Index, field_path
 from ast_dist.errors import UserError
 from data_prep import check_shards, make_shards
+from data_prep.audit import fault_of_bytes
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +156,8 @@ def test_an_index_that_differs_from_the_tar_is_told(split, capsys, field, expect
     values = np.load(field_path(split, field))
     values[4] = 7
     np.save(field_path(split, field), values)
-    (fault,) = faults(split, capsys)
+    checksum, fault = faults(split, capsys)
+    assert f"index/{field}.npy: SHA-256 is" in checksum
     assert expected in fault
     if field != "shard":
         assert "sample 4 " in fault
@@ -169,7 +171,9 @@ def test_an_offset_that_misses_the_image_is_told(split, capsys):
     crc32 = np.load(field_path(split, "crc32"))
     crc32[0] = zlib.crc32(raw[offsets[0] - 512 : offsets[0] - 512 + sizes[0]])
     np.save(field_path(split, "crc32"), crc32)
-    (fault,) = faults(split, capsys, "--no-decode")
+    offset, crc, fault = faults(split, capsys, "--no-decode")
+    assert "offset.npy: SHA-256" in offset
+    assert "crc32.npy: SHA-256" in crc
     assert f"bytes at {offsets[0] - 512:,}, the tar {sizes[0]:,} at {offsets[0]:,}" in fault
 
 
@@ -220,3 +224,27 @@ def test_what_is_no_shard_set_is_refused(tmp_path, split):
     (split / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="not a manifest"):
         check_shards.main([str(split.parent)])
+
+
+def test_sizes_in_the_index_that_changed_are_found_without_decoding(split, capsys):
+    values = np.load(field_path(split, "height"))
+    values[4] += 1
+    np.save(field_path(split, "height"), values)
+    (fault,) = faults(split, capsys, "--no-decode")
+    assert "index/height.npy: SHA-256 is" in fault
+
+
+def test_bytes_behind_a_shards_end_are_told(split, capsys):
+    paths = Index.open(split).shard_paths
+    end = paths[0].stat().st_size
+    with paths[0].open("ab") as file:
+        file.write(paths[1].read_bytes())
+    behind = f"{paths[1].stat().st_size:,} bytes follow the tar's end at offset {end:,}, where readers stop"
+    assert any(behind in fault for fault in faults(split, capsys, "--no-decode"))
+
+
+def test_a_stored_png_of_16_bits_is_a_fault_since_training_refuses_it():
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((5, 6), np.uint16)).save(buffer, "PNG")
+    fields = {"crc32": [zlib.crc32(buffer.getvalue())], "height": [5], "width": [6]}
+    assert "PNG of 16 bits, which training does not decode" in fault_of_bytes(buffer.getvalue(), fields, 0, True)

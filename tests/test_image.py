@@ -132,3 +132,19 @@ def test_png_of_16_bits_becomes_8_bits(decode):
 def test_what_is_no_image_is_damaged_whatever_it_starts_with(start, decode):
     with pytest.raises(DamagedImage, match=r"^[^\n/<]+$"):
         store_image(start + b"no image at all", decode=decode)
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "YCbCr", "F", "P", "LA"])
+def test_tiffs_in_colours_that_png_does_not_hold_become_png_all_the_same(mode):
+    buffer = io.BytesIO()
+    image = Image.fromarray(smooth(20, 28)).convert(mode)
+    image.save(buffer, "TIFF")
+    stored = store_image(buffer.getvalue())
+    assert (stored.extension, stored.rewritten, stored.height, stored.width) == ("png", "as PNG", 20, 28)
+    expected = np.asarray(Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")).astype(int)
+    assert np.abs(decoded(stored.data).permute(1, 2, 0).numpy() - expected).max() <= 1
+
+
+def test_floats_up_to_1_are_no_black_picture_but_damaged():
+    with pytest.raises(DamagedImage, match="floating-point values of at most 1"):
+        store_image(encoded(np.full((9, 7), 0.5, np.float32), "TIFF"))

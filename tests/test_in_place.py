@@ -32,6 +32,12 @@ def large_webp(**options):
     return buffer.getvalue()
 
 
+def wide_png():
+    buffer = io.BytesIO()
+    Image.fromarray(np.zeros((5, 5), np.uint16)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def write(path, data):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data if isinstance(data, bytes) else data.encode())
@@ -127,6 +133,7 @@ def test_check_files_fills_in_sizes_and_leaves_out_and_lists_what_is_no_image(tm
         write(source / name, data)
     write(source / "a/bad.jpg", b"no image")
     write(source / "a/empty.jpg", b"")
+    write(source / "a/wide.png", wide_png())
     index = index_only(source, tmp_path / "dst", "--check-files")
     for row in range(index.num_samples):
         data = (images | extra)[index.key(row)]
@@ -136,11 +143,15 @@ def test_check_files_fills_in_sizes_and_leaves_out_and_lists_what_is_no_image(tm
     assert {entry["file"]: entry["reason"] for entry in index.manifest["damaged"]} == {
         "a/bad.jpg": "cannot identify image file",
         "a/empty.jpg": "empty file",
+        "a/wide.png": "PNG of 16 bits, which training does not decode; convert the set",
     }
     assert index.manifest["unusual"] == {"CMYK": 1, "turned by EXIF": 1}
     output = capsys.readouterr().out
-    assert "warning: these stay as they are, and decoders do not follow EXIF: 1 CMYK, 1 turned by EXIF" in output
-    assert "left out, since they are damaged or incomplete: 2" in output
+    assert (
+        "warning: these stay as they are: 1 CMYK (decoders disagree on their colours), 1 turned by EXIF (decoders"
+        in output
+    )
+    assert "left out, since they are damaged or incomplete: 3" in output
 
 
 def test_a_class_without_a_whole_image_is_refused_and_nothing_stays(tmp_path):
@@ -204,6 +215,12 @@ def test_imagenet_lists_that_contradict_each_other_are_refused(tmp_path):
         (["--resize-short=100"], "--resize-short changes images, but --index-only leaves them"),
         (["--format=digits"], "takes no folder"),
         (["--class-names=x"], "--class-names is for WebDataset tars"),
+        (["--jpeg-quality=90"], "--jpeg-quality has no effect with --index-only"),
+        (["--shard-mb=1"], "--shard-mb has no effect with --index-only"),
+        (["--no-decode-check"], "--no-decode-check has no effect with --index-only"),
+        (["--image-column=x"], "--image-column has no effect with --index-only"),
+        (["--label-column=x"], "--label-column has no effect with --index-only"),
+        (["--download-dir=x"], "--download-dir has no effect with --index-only"),
     ],
 )
 def test_an_option_that_does_not_go_with_it_is_refused(tmp_path, options, expected):
@@ -298,3 +315,35 @@ def test_check_shards_refuses_data_that_are_elsewhere(tmp_path):
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"data_root": "s3://bucket/set"}))
     with pytest.raises(UserError, match="its data lie at s3://bucket/set"):
         check_shards.main([str(tmp_path / "dst")])
+
+
+@pytest.mark.parametrize("options", [[], ["--no-decode"]])
+def test_check_shards_finds_pngs_of_16_bits_which_training_refuses(tmp_path, capsys, options):
+    write_tree(tmp_path / "src")
+    write(tmp_path / "src/b/wide.png", wide_png())
+    index_only(tmp_path / "src", tmp_path / "dst")
+    code, lines = check(tmp_path / "dst", capsys, *options)
+    assert (code, len(lines)) == (1, 2)
+    assert "(b/wide.png): cannot be decoded (PNG of 16 bits, which training does not decode" in lines[0]
+
+
+def test_the_files_of_one_split_are_not_taken_for_the_other_split_whichever_way_either_is_made(tmp_path):
+    write_tree(tmp_path / "src")
+    expected = f"{tmp_path / 'src'}: the samples of the split val are those of train, which"
+    index_only(tmp_path / "src", tmp_path / "indexed")
+    assert expected in refusal(tmp_path / "src", tmp_path / "indexed", split="val")
+    with pytest.raises(UserError, match="are those of train"):
+        make_shards.main([str(tmp_path / "src"), str(tmp_path / "indexed"), "--split=val"])
+    arguments = [str(tmp_path / "src"), str(tmp_path / "made"), "--split=train", "--workers=1", "--no-decode-check"]
+    assert make_shards.main(arguments) == 0
+    assert expected in refusal(tmp_path / "src", tmp_path / "made", split="val")
+    (tmp_path / "link").symlink_to(tmp_path / "src")
+    assert "are those of train" in refusal(tmp_path / "link", tmp_path / "indexed", split="val")
+    assert not (tmp_path / "indexed" / "val").exists()
+
+
+def test_other_files_of_the_same_names_are_another_split(tmp_path):
+    for split in ("train", "val"):
+        write_tree(tmp_path / "src" / split)
+    index_only(tmp_path / "src", tmp_path / "dst")
+    assert index_only(tmp_path / "src", tmp_path / "dst", split="val").num_samples == 6

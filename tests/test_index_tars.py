@@ -172,6 +172,9 @@ def test_ambiguous_missing_and_compressed_tars_are_refused_and_nothing_is_writte
     assert "none of the split train (train, training)" in refusal(tmp_path / "src", dst)
     assert "no.tar: missing" in refusal(tmp_path / "no.tar", dst)
     assert "--resize-short changes images, but the tars" in refusal(tmp_path / "src", dst, "--resize-short=9")
+    for option in ("--jpeg-quality=9", "--shard-mb=1", "--no-decode-check", "--image-column=x", "--download-dir=x"):
+        assert f"{option.partition('=')[0]} has no effect with the tars" in refusal(tmp_path / "src", dst, option)
+    assert "--check-files opens loose files" in refusal(tmp_path / "src", dst, "--index-only", "--check-files")
     assert "no *.tar in this folder" in refusal(tmp_path, dst, "--format=wds")
     assert not dst.exists()
 
@@ -265,6 +268,33 @@ def faults(folder, capsys, *options):
     return lines
 
 
+def test_tars_of_one_split_are_not_taken_for_the_other(tars, tmp_path):
+    make(tars, tmp_path / "dst")
+    assert f"{tars}: the samples of the split val are those of train" in refusal(tars, tmp_path / "dst", split="val")
+    write_tar(tars / "x-2.tar", range(10, 15))
+    text = refusal(tars, tmp_path / "dst", split="val")
+    assert "x-0.tar: in the split val and in" in text
+    assert "as 2 of 3 tars are" in text
+    assert make(f"{tars}/x-2.tar", tmp_path / "dst", split="val").num_samples == 5
+
+
+def test_numbers_in_tars_take_no_names_from_a_split_that_was_not_made_of_tars(tars, tmp_path):
+    for number, name in enumerate("abc"):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "x.jpg").write_bytes(picture(number))
+    make(tmp_path / "images", tmp_path / "dst", "--no-decode-check")
+    text = refusal(tars, tmp_path / "dst", split="val")
+    assert "its labels are numbers" in text
+    assert "with --class-names" in text
+    (tmp_path / "names.txt").write_text("b\na\nc\n")
+    named = f"--class-names={tmp_path / 'names.txt'}"
+    text = refusal(tars, tmp_path / "dst", named, split="val")
+    assert "the order differs: class 0 is b here and a there" in text
+    assert not list((tmp_path / "dst" / "val").glob("manifest.json"))
+    (tmp_path / "names.txt").write_text("a\nb\nc\n")
+    assert make(tars, tmp_path / "dst", named, split="val").manifest["classes"] == ["a", "b", "c"]
+
+
 def test_check_shards_finds_nothing_in_whole_tars_though_they_have_no_idx(indexed, capsys):
     assert faults(indexed, capsys, "--no-decode") == ["10 samples in 2 shards, 3 classes: clean"]
     shutil.copytree(indexed.parent, indexed.parent.parent / "copy")
@@ -306,7 +336,7 @@ def test_check_shards_tells_an_index_that_differs_from_the_tars(indexed, capsys,
     values[4] = 7
     np.save(field_path(indexed, field), values)
     if field == "width":  # decoding all ten finds this one alone
-        assert faults(indexed, capsys)[:-1] == [f"x-0.tar: {expected}"]
+        assert faults(indexed, capsys)[1:-1] == [f"x-0.tar: {expected}"]
     else:
         assert any(line.startswith(f"x-0.tar: {expected}") for line in faults(indexed, capsys, "--no-decode"))
 
@@ -324,7 +354,7 @@ def test_manifest_and_index_have_what_every_other_set_has(indexed, tmp_path):
     make(tmp_path / "images", tmp_path / "other", "--no-decode-check")
     other = json.loads((tmp_path / "other/train/manifest.json").read_text())
     mine = json.loads((indexed / "manifest.json").read_text())
-    assert other.keys() - {"jpeg_quality"} <= mine.keys()
+    assert other.keys() - {"jpeg_quality", "listing_sha256"} <= mine.keys()
     assert {path.stem for path in (indexed / "index").iterdir()} == {*FIELDS, "keys"}
 
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -448,6 +449,7 @@ def test_a_source_without_images_by_class_is_refused_and_nothing_is_written(tmp_
     ("options", "expected"),
     [
         (["--shard-mb=0"], "--shard-mb is 0, but must be above 0"),
+        (["--shard-mb=1e13"], "--shard-mb is 1e+13, but must be above 0 and at most 1,000,000"),
         (["--shard-mb=nan"], "--shard-mb is nan, but must be above 0"),
         (["--resize-short=0"], "--resize-short is 0, but must be at least 1"),
         (["--workers=-1"], "--workers is -1, but must be at least 0"),
@@ -530,3 +532,83 @@ def test_an_unreadable_source_file_stops_the_run_instead_of_being_left_out(tmp_p
 def test_shards_are_plain_tars_with_fixed_times_and_owners(made):
     with tarfile.open(next(made[0].glob("*.tar"))) as tar:
         assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in tar} == {(0, 0, 0, "", "", 0o444)}
+
+
+def test_the_same_images_are_not_taken_for_both_splits_wherever_they_lie(made, tree, tmp_path):
+    assert "the samples of the split val are those of train" in refusal(tree[0], made[0].parent, split="val")
+    write_tree(tmp_path / "copy")
+    assert "the samples of the split val are those of train" in refusal(tmp_path / "copy", made[0].parent, split="val")
+    assert not (made[0].parent / "val").exists()
+
+
+def test_images_of_the_same_names_are_another_split(tmp_path):
+    for number, split in enumerate(("train", "val")):
+        (tmp_path / "src" / split / "cat").mkdir(parents=True)
+        (tmp_path / "src" / split / "cat" / "a.ppm").write_bytes(encoded(pixels(number), "PPM"))
+        convert(tmp_path / "src", tmp_path / "dst", split=split)
+
+
+def test_the_same_classes_in_another_order_are_refused_with_the_first_that_differs(made, tree, tmp_path):
+    (tmp_path / "train").mkdir()
+    manifest = json.loads((made[0] / "manifest.json").read_text())
+    (tmp_path / "train" / "manifest.json").write_text(json.dumps({**manifest, "classes": ["cat", "emu", "dog"]}))
+    assert "the order differs: class 1 is dog here and emu there" in refusal(tree[0], tmp_path, split="val")
+
+
+def test_a_conversion_that_is_refused_before_its_first_shard_leaves_nothing(tmp_path):
+    (tmp_path / "src" / "cat").mkdir(parents=True)
+    (tmp_path / "src" / "cat" / "a.jpg").mkdir()
+    (tmp_path / "src" / "cat" / "b.jpg").symlink_to("/proc/self/mem")  # a file, and not one byte of it can be read
+    assert "b.jpg: cannot be read (" in refusal(tmp_path / "src", tmp_path / "new" / "dst")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 200 kB."""
+    (tmp_path / "disk").mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(tmp_path / "disk")]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("may not mount a file system")
+    yield tmp_path / "disk"
+    subprocess.run(["umount", str(tmp_path / "disk")], check=True)
+
+
+def fill(disk, leave):
+    free = os.statvfs(disk).f_frsize * os.statvfs(disk).f_bavail
+    (disk / "filler").write_bytes(bytes(free - leave))
+
+
+@pytest.mark.parametrize("free", [0, 4096, 8192, 16384])
+@pytest.mark.parametrize("options", [[], ["--index-only"], ["--index-only", "--check-files"]])
+def test_a_disk_that_fills_up_anywhere_is_told_in_one_line(tree, small_disk, monkeypatch, options, free):
+    monkeypatch.setattr(make_shards, "_refuse_full_disk", lambda *_: None)  # as if another program took the room
+    fill(small_disk, free)
+    with pytest.raises(UserError) as caught:
+        make_shards.main([str(tree[0]), str(small_disk / "dst"), "--split=train", "--workers=1", *options])
+    assert re.search(r"the disk is full|bytes, but|No space left", str(caught.value))
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (small_disk / "dst").exists()
+
+
+def test_numpys_own_way_of_saying_that_the_disk_is_full_is_understood(tree, tmp_path, monkeypatch):
+    def fails(*_):
+        with Path("/dev/full").open("wb", buffering=0) as file:
+            np.save(file, np.zeros(100_000))
+
+    monkeypatch.setattr(make_shards, "write_index", fails)
+    assert "the disk is full (" in refusal(tree[0], tmp_path)
+    monkeypatch.undo()
+    assert convert(tree[0], tmp_path) == 0
+
+
+def test_a_run_that_waited_says_that_the_set_is_finished_though_the_other_removed_the_state(tmp_path, monkeypatch):
+    from data_prep import destination
+
+    def finished_by_another(folder):
+        shutil.rmtree(folder / ".unfinished")
+        raise UserError("holds a finished set already")
+
+    monkeypatch.setattr(destination, "refuse_finished", finished_by_another)
+    with pytest.raises(UserError, match="finished set already"), destination.held_alone(tmp_path, ".unfinished"):
+        pass
