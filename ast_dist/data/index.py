@@ -14,7 +14,8 @@ Format 2 is format 1 with two more keys in the manifest, for data that lie elsew
     "data_root"  folder or URL that the shards' names start from; without it, the manifest's own folder
     "layout"     "shards" (as without it), or "files": no shard at all, and each key is a file's name below data_root
 
-"index_sha256" (any format, where it was written) holds the SHA-256 of each file in index/, by its field's name.
+Optional keys of any format: "index_sha256" holds the SHA-256 of each file in index/, by its field's name;
+"listing_sha256" says which samples a set was made of, to tell two splits of the same samples.
 
 With "files", offset is 0, and size, height, width and crc32 are 0 where they are not known before the file is read.
 """
