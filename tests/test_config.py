@@ -1,6 +1,7 @@
 """ast_dist/config.py: presets, YAML and arguments become one configuration, and every mistake one line."""
 
 import dataclasses
+import inspect
 import re
 from pathlib import Path
 
@@ -282,9 +283,9 @@ def test_a_configuration_cannot_be_changed():
 
 def test_every_setting_has_its_help():
     """tyro shows the text under a field as its help; --help is where people look first."""
-    source = SOURCE.read_text(encoding="utf-8")
     sections = [field.type for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.type)]
     for kind in sections:
+        source = inspect.getsource(kind)
         for field in dataclasses.fields(kind):
             assert re.search(rf'^    {field.name}: .*\n    """\w', source, re.MULTILINE), field.name
 
