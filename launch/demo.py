@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
 What to type next
   {python()} -m ast_dist.status {gated}
   {python()} -m ast_dist.train --help
-  your own images (one folder a class):
+  your own images (folders train and val, one folder a class in each):
   {python()} -m data_prep.make_shards PATH/TO/IMAGES shards --split train      # and --split val
   torchrun --standalone --nproc_per_node=N --max-restarts=3 -m ast_dist.train \\
       --run-dir runs/1 --data.train shards/train --data.val shards/val --model.name resnet50"""
