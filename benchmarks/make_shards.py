@@ -57,6 +57,7 @@ def main(argv: list[str]) -> int:
     """Measure, write, print. Returns 0."""
     arguments = parse_arguments(Arguments, argv, "python -m benchmarks.make_shards")
     command = "python -m benchmarks.make_shards" + (" --images IMAGES" if arguments.images else "")
+    command += " --scratch SCRATCH" if arguments.scratch else ""
     with tempfile.TemporaryDirectory(dir=arguments.scratch) as scratch:
         images = arguments.images.absolute() if arguments.images else None
         if images is None:

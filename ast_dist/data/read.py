@@ -207,22 +207,18 @@ def _with_retries(path: Path, attempt: Callable[[], Result], forget: Callable[[]
 
     forget: drops the descriptor that failed. Raises the OSError with the path and the number of tries in it.
     """
-    for pause_s in _PAUSES_S:
+    for pause_s in (*_PAUSES_S, None):
         try:
             return attempt()
         except OSError as error:
             if error.errno not in _PASSING_ERRORS:
                 raise
-        forget()
+            forget()
+            if pause_s is None:
+                said = f"{error.strerror}, in {len(_PAUSES_S) + 1} tries with fresh descriptors"
+                raise OSError(error.errno, said, str(path)) from None
         time.sleep(pause_s)
-    try:
-        return attempt()
-    except OSError as error:
-        if error.errno not in _PASSING_ERRORS:
-            raise
-        forget()
-        said = f"{error.strerror}, in {len(_PAUSES_S) + 1} tries with fresh descriptors"
-        raise OSError(error.errno, said, str(path)) from None
+    raise AssertionError("the last try returns or raises")
 
 
 def _distinct(numbers: np.ndarray) -> Sequence[int]:
