@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ast_dist.data.loader import Batch, upload
+from ast_dist.data.batch import Batch, upload
 from ast_dist.data.pixel_draws import PixelDraws
 from ast_dist.data.pixel_kernels import transform
 from ast_dist.data_config import DataConfig

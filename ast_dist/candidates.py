@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ast_dist.augmenter import Augmenter
-from ast_dist.data.loader import MIN_ROWS, Batch, upload
+from ast_dist.data.batch import MIN_ROWS, Batch, upload
 from ast_dist.data.order import rank_share
 from ast_dist.distributed import Later, World
 from ast_dist.gate.policy import Policy

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator
 
-from ast_dist.data.loader import Batch
+from ast_dist.data.batch import Batch
 
 
 class Span:

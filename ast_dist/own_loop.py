@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ast_dist.config import GateConfig
-from ast_dist.data.loader import upload
+from ast_dist.data.batch import upload
 from ast_dist.data.order import Plan, epoch_order
 from ast_dist.distributed import World
 from ast_dist.errors import UserError

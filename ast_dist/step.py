@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ast_dist.config import Config
-from ast_dist.data.loader import Batch, upload
+from ast_dist.data.batch import Batch, upload
 from ast_dist.data.pixel_kernels import erase
 from ast_dist.distributed import World
 from ast_dist.gate.cost import SampleFlops, count_flops

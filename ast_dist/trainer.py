@@ -20,8 +20,9 @@ from ast_dist.clock import Clock
 from ast_dist.config import Config
 from ast_dist.counter_rng import STREAM_INIT, hash_key
 from ast_dist.damage import DamageLog
+from ast_dist.data.batch import Batch
 from ast_dist.data.index import Index
-from ast_dist.data.loader import Batch, Loader
+from ast_dist.data.loader import Loader
 from ast_dist.data.order import Orders, Plan, step_ids
 from ast_dist.distributed import LaggedRead, World
 from ast_dist.errors import UserError

@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode, v2
 from ast_dist.allocator import keep_freed_memory
 from ast_dist.arguments import parse_arguments
 from ast_dist.augmenter import Augmenter
-from ast_dist.data.loader import Batch
+from ast_dist.data.batch import Batch
 from ast_dist.data.pixel_kernels import erase
 from ast_dist.data_config import DataConfig
 from ast_dist.errors import run_command

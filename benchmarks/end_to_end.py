@@ -11,8 +11,9 @@ import torch
 
 from ast_dist.clock import Clock
 from ast_dist.config import DataConfig, GateConfig
+from ast_dist.data.batch import Batch
 from ast_dist.data.index import Index
-from ast_dist.data.loader import Batch, Loader
+from ast_dist.data.loader import Loader
 from ast_dist.data.order import Plan
 from ast_dist.distributed import LaggedRead, World
 from ast_dist.gate.policy import PolicySetup

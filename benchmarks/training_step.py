@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ast_dist.config import Config, DataConfig, GateConfig, LoopConfig, ModelConfig
-from ast_dist.data.loader import Batch
+from ast_dist.data.batch import Batch
 from ast_dist.data.order import epoch_order
 from ast_dist.distributed import LaggedRead, World
 from ast_dist.gate.policy import Policy, PolicySetup

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ast_dist.command_line import parse
+from ast_dist.data.batch import Batch
 from ast_dist.data.index import Index
-from ast_dist.data.loader import Batch
 from ast_dist.data.order import Plan, epoch_order
 from ast_dist.distributed import World
 from ast_dist.gate.policy import RememberingPolicy

@@ -14,8 +14,9 @@ from torchvision.transforms.v2 import functional as transforms
 from ast_dist.augmenter import Augmenter
 from ast_dist.command_line import parse
 from ast_dist.config import Config, DataConfig, ModelConfig, OptimConfig
+from ast_dist.data.batch import Batch
 from ast_dist.data.index import Index
-from ast_dist.data.loader import Batch, Loader
+from ast_dist.data.loader import Loader
 from ast_dist.data.order import Plan, epoch_order
 from ast_dist.data.pixel_draws import PixelDraws
 from ast_dist.data.pixel_kernels import transform

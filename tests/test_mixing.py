@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ast_dist.config import Config, DataConfig, GateConfig, LoopConfig, ModelConfig, OptimConfig, differences, to_dict
-from ast_dist.data.loader import Batch
+from ast_dist.data.batch import Batch
 from ast_dist.data.order import epoch_order, step_ids
 from ast_dist.distributed import World
 from ast_dist.errors import UserError, run_command

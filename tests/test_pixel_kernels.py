@@ -10,7 +10,7 @@ from torchvision.transforms import InterpolationMode, v2
 import ast_dist.augmenter
 import ast_dist.data.batch
 from ast_dist.augmenter import Augmenter
-from ast_dist.data.loader import Batch
+from ast_dist.data.batch import Batch
 from ast_dist.data.pixel_draws import Kernel, Round, Space
 from ast_dist.data.pixel_kernels import erase, transform
 from ast_dist.data_config import DataConfig

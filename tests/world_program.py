@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from ast_dist.config import Config, DataConfig, GateConfig, ModelConfig, OptimConfig
-from ast_dist.data.loader import Batch
+from ast_dist.data.batch import Batch
 from ast_dist.data.order import epoch_order, rank_share
 from ast_dist.distributed import LaggedRead, World
 from ast_dist.gate.policy import PolicySetup

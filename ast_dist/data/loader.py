@@ -30,8 +30,6 @@ from ast_dist.data.remote import open_reader
 from ast_dist.data.resize import Box, cut, resize_region
 from ast_dist.data_config import DataConfig
 
-__all__ = ["MIN_ROWS", "Batch", "Loader", "upload"]
-
 _CPU = torch.device("cpu")
 
 # Samples after a batch whose remote shards are fetched meanwhile, where the cache has room: a block of shards or two.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ast_dist.counter_rng import STREAM_DITHER, STREAM_KEEP, uniform
-from ast_dist.data.loader import upload
+from ast_dist.data.batch import upload
 from ast_dist.data.order import Plan
 from ast_dist.gate.draw import uniform_on_device
 from ast_dist.gate.policy import Policy, PolicySetup, RememberingPolicy, first_of, weights_of
