@@ -60,6 +60,8 @@ class OptimConfig:
     """Share of the steps that are mixed, where mixup or CutMix is on. Their losses are not remembered by the gate."""
     clip_grad_norm: float = 0.0
     """Largest L2 norm of the gradient; 0 does not clip."""
+    ema_decay: float = 0.0
+    """Keep an exponential moving average of the weights with this decay a step, evaluated beside them; 0 is off."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optim.lr is {self.lr:g}, but must be above 0.")
@@ -68,6 +70,7 @@ class OptimConfig:
         require(self.warmup_epochs >= 0, f"optim.warmup_epochs is {self.warmup_epochs:g}, must be at least 0.")
         require(0.0 <= self.label_smoothing < 1.0, f"optim.label_smoothing is {self.label_smoothing:g}, not in [0, 1)")
         require(self.clip_grad_norm >= 0, f"optim.clip_grad_norm is {self.clip_grad_norm:g}, must be at least 0.")
+        require(0.0 <= self.ema_decay < 1.0, f"optim.ema_decay is {self.ema_decay:g}, not in [0, 1).")
         for name in ("mixup_alpha", "cutmix_alpha"):
             value = getattr(self, name)
             require(0.0 <= value <= 4.0, f"optim.{name} is {value:g}, not in 0 … 4; published recipes use 0.2 to 1.")
@@ -173,7 +176,9 @@ class LoopConfig:
     epochs: int = 30
     """Passes over the data set (a gated pass counts as one)."""
     global_batch_size: int = 256
-    """Samples per optimizer step, over all ranks."""
+    """Samples per optimizer step, over all ranks, however many ranks there are."""
+    micro_batch_size: int = 0
+    """Samples that a rank forwards at once; a larger share of the global batch takes several passes. 0: no limit."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Autocast precision; fp16 adds a gradient scaler."""
     compile: bool = False
@@ -186,25 +191,48 @@ class LoopConfig:
     def __post_init__(self) -> None:
         require(self.epochs >= 1, f"loop.epochs is {self.epochs}, but must be at least 1.")
         require(self.global_batch_size >= 1, f"loop.global_batch_size is {self.global_batch_size}, must be at least 1")
+        require(self.micro_batch_size >= 0, f"loop.micro_batch_size is {self.micro_batch_size}, must be at least 0")
+        require(self.micro_batch_size != 1, "loop.micro_batch_size is 1, but batch norm needs 2 samples at once.")
         require(self.eval_every_epochs >= 1, f"loop.eval_every_epochs is {self.eval_every_epochs}, must be at least 1")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every_s: float = 120.0
-    """Seconds between checkpoints; 0 saves by steps and epochs only."""
+    """Seconds between checkpoints, more where saving would hold up training by more than stall_share; 0 saves by steps
+    and epochs only."""
+    stall_share: float = 0.005
+    """Largest share of the time that saves by the clock may hold up training; above it they become rarer."""
     every_steps: int = 0
     """Steps between checkpoints; 0 saves by time and epochs only."""
     keep_last: int = 3
     """Newest checkpoints that are kept, besides the one with the best validation accuracy."""
+    keep_every_h: float = 2.0
+    """One checkpoint is kept for every so many hours of training; 0 keeps none besides the newest and the best."""
     grace_s: float = 20.0
     """Seconds after SIGTERM in which the save must be done; then the worker ends by itself."""
 
     def __post_init__(self) -> None:
         require(self.every_s >= 0, f"checkpoint.every_s is {self.every_s:g}, but must be at least 0.")
         require(self.every_steps >= 0, f"checkpoint.every_steps is {self.every_steps}, but must be at least 0.")
+        require(0.0 < self.stall_share <= 1.0, f"checkpoint.stall_share is {self.stall_share:g}, not in (0, 1].")
+        require(self.keep_every_h >= 0, f"checkpoint.keep_every_h is {self.keep_every_h:g}, but must be at least 0.")
         require(self.keep_last >= 1, f"checkpoint.keep_last is {self.keep_last}, but must be at least 1.")
         require(self.grace_s > 0, f"checkpoint.grace_s is {self.grace_s:g}, but must be above 0.")
+
+
+@dataclass(frozen=True)
+class FaultConfig:
+    watchdog_s: float = 120.0
+    """A step that takes longer than this, and longer than 10 of the slowest recent ones, ends the process, which prints
+    where it hung; 0 waits for ever."""
+    nonfinite_steps: int = 5
+    """Steps in a row whose loss is NaN or infinite that are skipped; one more, and the run goes back to its last
+    checkpoint, once, and then stops."""
+
+    def __post_init__(self) -> None:
+        require(self.watchdog_s >= 0, f"fault.watchdog_s is {self.watchdog_s:g}, but must be at least 0.")
+        require(self.nonfinite_steps >= 0, f"fault.nonfinite_steps is {self.nonfinite_steps}, must be at least 0.")
 
 
 @dataclass(frozen=True)
@@ -255,6 +283,7 @@ class Config:
     gate: GateConfig = field(default_factory=GateConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    fault: FaultConfig = field(default_factory=FaultConfig)
     session: SessionConfig = field(default_factory=SessionConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
 
@@ -275,10 +304,12 @@ class Config:
 
 # Fields that may change between the sessions of one run, because no trained weight depends on them.
 FREE_BETWEEN_SESSIONS = {
-    *("run_dir", "preset", "config", "resume", "dry_run", "checkpoint", "session", "track"),
+    *("run_dir", "preset", "config", "resume", "dry_run", "checkpoint", "fault", "session", "track"),
     *("data.train", "data.val", "data.cache", "data.cache_mb", "data.threads", "data.prefetch_batches"),
     *("data.shard_cache_gb", "data.shard_cache_dir"),
     *("data.decoder", "data.damaged_limit", "loop.eval_every_epochs"),
+    # Like the number of ranks: it decides which samples share batch statistics, and another machine needs another.
+    "loop.micro_batch_size",
 }
 
 
