@@ -5,7 +5,6 @@ import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -59,7 +58,6 @@ def train_in(
     config: Config, world: World, train: Index, val: Index, num_classes: int, manifests: dict[str, str]
 ) -> None:
     """Take the run directory, resume, train, and leave a clean end."""
-    run_dir = Path(config.run_dir)
     with ExitStack() as stack:
         lease = world.on_main(lambda: run_folder.take(config, manifests))
         if lease:
@@ -67,11 +65,11 @@ def train_in(
         trainer = Trainer(config, world, train, val, num_classes)
         stack.callback(trainer.close)
         checkpoint = trainer.resume()
-        world.on_main(lambda: trainer.open_tracker(run_dir, lease, checkpoint) if lease else None)
+        world.on_main(lambda: trainer.own(lease, checkpoint) if lease else None)
         outcome: Literal["finished", "paused", "failed"] = "failed"
         message = ""
         try:
-            trainer.report_progress()
+            trainer.reports.progress(trainer.checkpoints.newest)
             ended = trainer.run()
             if ended == "paused":
                 kept = "saved, nothing lost" if trainer.is_saved else "NOT saved, see the warnings"
@@ -83,10 +81,10 @@ def train_in(
             message = f"{type(error).__name__}: {error}".splitlines()[0][:300]
             raise
         finally:
-            trainer.report_progress()
-            if trainer.tracker:
+            trainer.reports.progress(trainer.checkpoints.newest)
+            if trainer.reports.tracker:
                 # Somebody who asked to stop is waiting: the last picture is not worth the grace.
-                trainer.tracker.close(outcome, message, timeout_s=30.0 if outcome == "finished" else 5.0)
+                trainer.reports.tracker.close(outcome, message, timeout_s=30.0 if outcome == "finished" else 5.0)
 
 
 if __name__ == "__main__":

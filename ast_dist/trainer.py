@@ -36,9 +36,9 @@ from ast_dist.gate.policy import Policy, PolicySetup, RememberingPolicy, checked
 from ast_dist.gate.registry import make_policy
 from ast_dist.mixing import Mixer
 from ast_dist.model import build_model, lr_at
+from ast_dist.reports import Reports
 from ast_dist.resources import Resources, open_meter
-from ast_dist.step import VOTE_DAMAGED, VOTE_SAVE, VOTE_STOP, Meters, TrainStep
-from ast_dist.track.tracker import Tracker
+from ast_dist.step import VOTE_DAMAGED, VOTE_SAVE, VOTE_STOP, TrainStep
 
 _STARTED = time.monotonic()
 
@@ -81,8 +81,7 @@ class Trainer:
         )
         deadline = _STARTED + config.session.hours * 3600 if config.session.hours else None
         self.guard = Guard(config.checkpoint.grace_s, deadline)
-        # Rank 0 alone has one.
-        self.tracker: Tracker | None = None
+        # Rank 0's, which alone beats it.
         self.lease: Lease | None = None
         if len(set(decoders := world.gather(self.loader.decoder.name))) > 1:
             raise UserError(
@@ -96,6 +95,17 @@ class Trainer:
         self._wants_stop = False
         self._wants_save = False
         self.clock = Clock()
+        self.reports = Reports(
+            config,
+            world,
+            self.state,
+            self.step,
+            self.policy,
+            self.candidates,
+            self.ledger,
+            self.resources,
+            self.clock,
+        )
 
     def run(self) -> Literal["finished", "paused"]:
         """Train until all epochs are done or someone asks to stop. Returns the run's state: finished or paused."""
@@ -122,35 +132,10 @@ class Trainer:
                 return "paused"
         return "finished"
 
-    @property
-    def num_weights(self) -> int:
-        """Parameters of the model."""
-        return sum(parameter.numel() for parameter in self.step.module.parameters())
-
-    def open_tracker(self, run_dir: Path, lease: Lease, checkpoint: str | None) -> None:
-        """Begin this session's reports; rank 0 calls it once the state is the one to go on from."""
-        config, state, world = self.config, self.state, self.world
+    def own(self, lease: Lease, checkpoint: str | None) -> None:
+        """Begin to report in the run directory; rank 0 calls it once the state is the one to go on from."""
         self.lease = lease
-        self.tracker = Tracker(run_dir, config, world.size, world.restart, self.epochs)
-        has_target = config.gate.policy not in ("full", "infobatch")
-        gated = f", target rate {config.gate.target_rate:g}" if has_target else ""
-        cache = "decoded images kept in memory" if self.loader.cache else "no cache"
-        self.tracker.start(
-            checkpoint=checkpoint,
-            resumed_from_step=state.global_step,
-            previous_beat=lease.previous_beat,
-            session=state.session,
-            versions=run_folder.versions(),
-            num_samples=state.num_samples,
-            info={
-                "run": str(run_dir),
-                "data": f"{state.num_samples:,} train, {self.val_loader.index.num_samples:,} val",
-                "model": f"{config.model.name}, {self.num_weights:,} weights, {config.loop.precision}",
-                "policy": config.gate.policy + gated,
-                "ranks": f"{world.size} on {world.device.type}, global batch {config.loop.global_batch_size}",
-                "decoder": f"{self.loader.decoder.name}, {self.loader.threads} threads a rank, {cache}",
-            },
-        )
+        self.reports.open(Path(self.config.run_dir), lease, checkpoint, self.loader, self.val_loader.index.num_samples)
 
     def resume(self) -> str | None:
         """Load the newest checkpoint that verifies, if there is one, and return its name."""
@@ -158,7 +143,7 @@ class Trainer:
         if checkpoint is None:
             return None
         self.checkpoints.load(checkpoint, self.state)
-        self.ledger = Ledger(**self.state.counts)
+        self.ledger.load(self.state.counts)
         self._read_candidates()
         self.resources.load(self.state.session.get("resources", {}))
         return checkpoint.name
@@ -175,26 +160,11 @@ class Trainer:
         self.policy.merge(self.state.epoch)
         self.state.counts = self.ledger.to_dict()
         self.resources.tally()
-        if self.tracker:
-            times = {"total_s": self.tracker.total_s, "history_bytes": self.tracker.history_bytes}
-            self.state.session = {**times, "resources": self.resources.to_dict()}
+        self.state.session = self.reports.session()
         self.checkpoints.save(self.state, val_acc1)
         self._wants_save = False
         self.clock.saved(time.monotonic() - began)
-        self.report_progress()
-
-    def report_progress(self) -> None:
-        """Tell progress.json where the run is."""
-        if self.tracker:
-            state = self.state
-            self.tracker.progress(
-                epoch=state.epoch,
-                step=state.global_step,
-                best_acc1=state.best_acc1,
-                last_acc1=state.last_acc1,
-                eta_s=self._eta_s(),
-                checkpoint=self.checkpoints.newest,
-            )
+        self.reports.progress(self.checkpoints.newest)
 
     def close(self) -> None:
         """Stop threads and give the signals back."""
@@ -246,10 +216,10 @@ class Trainer:
         self.damage.note(host_batch.damaged)
         self._agree(votes_before)
         self.clock.step_done(host_batch.planned, trained + self.policy.setup.scoring_cost * scored)
-        if self.tracker and self.clock.is_first_step:
-            self.tracker.first_step()
+        if self.reports.tracker and self.clock.is_first_step:
+            self.reports.tracker.first_step()
         if state.global_step % config.track.every_steps == 0:
-            self._report_step(lr, num_steps)
+            self.reports.step(lr, num_steps)
 
     @property
     def _is_scored(self) -> bool:
@@ -295,12 +265,7 @@ class Trainer:
         else:
             self.ledger.forwarded -= damaged
             self.ledger.backwarded -= damaged
-        self._tell_damaged(self.damage.agree(damaged))
-
-    def _tell_damaged(self, damaged: list[str]) -> None:
-        if self.tracker:
-            for text in damaged:
-                self.tracker.warn(f"damaged sample left out: {text}")
+        self.reports.damaged(self.damage.agree(damaged))
 
     def _end_epoch(self, plan: Plan) -> None:
         """Share what was remembered, evaluate, report, save."""
@@ -310,7 +275,7 @@ class Trainer:
         self._count(self.candidates.drain(lr, state.epoch), 0)
         self.damage.epoch_done()
         self.policy.merge(state.epoch)
-        report = self._gate_report() | self.clock.epoch_trained()
+        report = self.reports.gate() | self.clock.epoch_trained()
         self.candidates.epoch_done()
         if self.mixer.is_on and isinstance(self.policy, RememberingPolicy) and not self._is_scored:
             share = self.mixer.whole_share(state.epoch, len(plan.ids), loop.global_batch_size)
@@ -329,71 +294,9 @@ class Trainer:
                 loop.global_batch_size,
                 self.step.autocast,
             )
-            self._tell_damaged(damaged)
+            self.reports.damaged(damaged)
             self.val_damage.judge(damaged)
             state.last_acc1 = scores["val/acc1"]
             state.best_acc1 = max(state.last_acc1, state.best_acc1 or 0.0)
-        self.resources.tally()
-        timing = self.clock.epoch_done()
-        if self.tracker:
-            self.tracker.epoch(
-                {
-                    "epoch": state.epoch,
-                    "global_step": state.global_step,
-                    "progress/epoch": float(state.epoch),
-                    **report,
-                    **self._costs(),
-                    "cost/samples_planned": len(plan.ids),
-                    "cost/samples_forwarded": self.ledger.forwarded,
-                    "cost/samples_backwarded": self.ledger.backwarded,
-                    "cost/samples_scored": self.ledger.scored,
-                    **self.resources.row(),
-                    **scores,
-                    **timing,
-                    "progress/eta_h": self._eta_s() / 3600,
-                }
-            )
+        self.reports.epoch(len(plan.ids), report, scores)
         self.save(scores.get("val/acc1"))
-
-    def _report_step(self, lr: float, num_steps: int) -> None:
-        means = self.step.meters.read(self.world)
-        self.step.meters = Meters.zero(self.world.device)
-        timing = self.clock.interval_row()
-        if self.tracker:
-            state = self.state
-            trained = dict(zip(("train/loss", "train/acc1_selected"), means, strict=True)) if means else {}
-            self.tracker.step(
-                {
-                    "global_step": state.global_step,
-                    "progress/epoch": state.epoch + state.step_in_epoch / num_steps,
-                    **trained,
-                    "train/lr": lr,
-                    **self._gate_report(),
-                    **self._costs(),
-                    **timing,
-                    "progress/eta_h": self._eta_s() / 3600,
-                }
-            )
-
-    def _gate_report(self) -> dict[str, float]:
-        """The policy's values; what was selected of scored batches is known here alone."""
-        report = dict(self.policy.report())
-        if self._is_scored:
-            report.pop("rate", None)
-            report |= self.candidates.report()
-        return {f"gate/{key}": value for key, value in report.items()}
-
-    def _costs(self) -> dict[str, float]:
-        return {
-            "cost/samples_skipped": self.ledger.samples_skipped,
-            "cost/flops_saved": self.ledger.flops_saved(self.step.flops),
-        }
-
-    def _eta_s(self) -> float:
-        """Seconds left at this session's pace, by the cost of what the policy still means to do."""
-        state = self.state
-        passes = sum(self.policy.cost(epoch) for epoch in range(state.epoch, self.epochs))
-        if state.plan is not None:
-            done = state.step_in_epoch / state.plan.num_steps(self.config.loop.global_batch_size)
-            passes -= done * self.policy.cost(state.epoch)
-        return passes * state.num_samples * self.clock.seconds_per_sample()

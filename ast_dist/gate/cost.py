@@ -37,6 +37,11 @@ class Ledger:
         """As plain numbers, for the checkpoint."""
         return asdict(self)
 
+    def load(self, counts: dict[str, int]) -> None:
+        """Go on from what `to_dict` gave."""
+        for name, count in counts.items():
+            setattr(self, name, count)
+
 
 @dataclass(frozen=True)
 class SampleFlops:

@@ -1,0 +1,174 @@
+"""What a training loop tells of itself: rows of metrics, progress, damaged samples.
+
+Rank 0 alone has a tracker; the sums over the ranks need all of them, so every rank calls the same methods.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from ast_dist import run_dir as run_folder
+from ast_dist.candidates import Candidates
+from ast_dist.clock import Clock
+from ast_dist.config import Config
+from ast_dist.data.loader import Loader
+from ast_dist.distributed import World
+from ast_dist.fault.lease import Lease
+from ast_dist.fault.state import TrainState
+from ast_dist.gate.cost import Ledger
+from ast_dist.gate.policy import Policy
+from ast_dist.resources import Resources
+from ast_dist.step import Meters, TrainStep
+from ast_dist.track.tracker import Tracker
+
+
+class Reports:
+    """Makes the rows of a run from its parts, which it reads and does not change (but for the step's meters).
+
+    tracker: rank 0's, from `open` on.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        state: TrainState,
+        step: TrainStep,
+        policy: Policy,
+        candidates: Candidates,
+        ledger: Ledger,
+        resources: Resources,
+        clock: Clock,
+    ) -> None:
+        self.tracker: Tracker | None = None
+        self._config = config
+        self._world = world
+        self._state = state
+        self._step = step
+        self._policy = policy
+        self._candidates = candidates
+        self._ledger = ledger
+        self._resources = resources
+        self._clock = clock
+
+    def open(self, run_dir: Path, lease: Lease, checkpoint: str | None, loader: Loader, num_val: int) -> None:
+        """Begin this session's reports; rank 0 calls it once the state is the one to go on from."""
+        config, state, world = self._config, self._state, self._world
+        self.tracker = Tracker(run_dir, config, world.size, world.restart, self._policy.epochs)
+        num_weights = sum(parameter.numel() for parameter in state.model.parameters())
+        has_target = config.gate.policy not in ("full", "infobatch")
+        gated = f", target rate {config.gate.target_rate:g}" if has_target else ""
+        cache = "decoded images kept in memory" if loader.cache else "no cache"
+        self.tracker.start(
+            checkpoint=checkpoint,
+            resumed_from_step=state.global_step,
+            previous_beat=lease.previous_beat,
+            session=state.session,
+            versions=run_folder.versions(),
+            num_samples=state.num_samples,
+            info={
+                "run": str(run_dir),
+                "data": f"{state.num_samples:,} train, {num_val:,} val",
+                "model": f"{config.model.name}, {num_weights:,} weights, {config.loop.precision}",
+                "policy": config.gate.policy + gated,
+                "ranks": f"{world.size} on {world.device.type}, global batch {config.loop.global_batch_size}",
+                "decoder": f"{loader.decoder.name}, {loader.threads} threads a rank, {cache}",
+            },
+        )
+
+    def progress(self, checkpoint: str | None) -> None:
+        """Tell progress.json where the run is. checkpoint: the newest committed one."""
+        if self.tracker:
+            state = self._state
+            self.tracker.progress(
+                epoch=state.epoch,
+                step=state.global_step,
+                best_acc1=state.best_acc1,
+                last_acc1=state.last_acc1,
+                eta_s=self._eta_s(),
+                checkpoint=checkpoint,
+            )
+
+    def damaged(self, found: list[str]) -> None:
+        """Name samples that could not be decoded."""
+        if self.tracker:
+            for text in found:
+                self.tracker.warn(f"damaged sample left out: {text}")
+
+    def step(self, lr: float, num_steps: int) -> None:
+        """A row of a step. All ranks must call. num_steps: of the epoch's plan."""
+        means = self._step.meters.read(self._world)
+        self._step.meters = Meters.zero(self._world.device)
+        timing = self._clock.interval_row()
+        if self.tracker:
+            state = self._state
+            trained = dict(zip(("train/loss", "train/acc1_selected"), means, strict=True)) if means else {}
+            self.tracker.step(
+                {
+                    "global_step": state.global_step,
+                    "progress/epoch": state.epoch + state.step_in_epoch / num_steps,
+                    **trained,
+                    "train/lr": lr,
+                    **self.gate(),
+                    **self._costs(),
+                    **timing,
+                    "progress/eta_h": self._eta_s() / 3600,
+                }
+            )
+
+    def epoch(self, planned: int, trained: dict[str, float], scores: dict[str, float]) -> None:
+        """A row of an epoch that is done. All ranks must call.
+
+        planned: samples of its plan. trained: the gate's and the clock's values, taken before the evaluation. scores:
+        what `evaluate` returned.
+        """
+        self._resources.tally()
+        timing = self._clock.epoch_done()
+        if self.tracker:
+            state, ledger = self._state, self._ledger
+            self.tracker.epoch(
+                {
+                    "epoch": state.epoch,
+                    "global_step": state.global_step,
+                    "progress/epoch": float(state.epoch),
+                    **trained,
+                    **self._costs(),
+                    "cost/samples_planned": planned,
+                    "cost/samples_forwarded": ledger.forwarded,
+                    "cost/samples_backwarded": ledger.backwarded,
+                    "cost/samples_scored": ledger.scored,
+                    **self._resources.row(),
+                    **scores,
+                    **timing,
+                    "progress/eta_h": self._eta_s() / 3600,
+                }
+            )
+
+    def gate(self) -> dict[str, float]:
+        """The policy's values; what was selected of scored batches is known to the candidates alone."""
+        report = dict(self._policy.report())
+        if self._policy.scores_epoch(self._state.epoch):
+            report.pop("rate", None)
+            report |= self._candidates.report()
+        return {f"gate/{key}": value for key, value in report.items()}
+
+    def session(self) -> dict[str, Any]:
+        """What a checkpoint keeps of the run's life beside its weights; empty where nothing is tracked."""
+        if not self.tracker:
+            return {}
+        times = {"total_s": self.tracker.total_s, "history_bytes": self.tracker.history_bytes}
+        return {**times, "resources": self._resources.to_dict()}
+
+    def _costs(self) -> dict[str, float]:
+        return {
+            "cost/samples_skipped": self._ledger.samples_skipped,
+            "cost/flops_saved": self._ledger.flops_saved(self._step.flops),
+        }
+
+    def _eta_s(self) -> float:
+        """Seconds left at this session's pace, by the cost of what the policy still means to do."""
+        state = self._state
+        passes = sum(self._policy.cost(epoch) for epoch in range(state.epoch, self._policy.epochs))
+        if state.plan is not None:
+            done = state.step_in_epoch / state.plan.num_steps(self._config.loop.global_batch_size)
+            passes -= done * self._policy.cost(state.epoch)
+        return passes * state.num_samples * self._clock.seconds_per_sample()
