@@ -90,9 +90,13 @@ class Reports:
 
     def damaged(self, found: list[str]) -> None:
         """Name samples that could not be decoded."""
+        for text in found:
+            self.warn(f"damaged sample left out: {text}")
+
+    def warn(self, text: str) -> None:
+        """Show a warning once, whichever rank it is about."""
         if self.tracker:
-            for text in found:
-                self.tracker.warn(f"damaged sample left out: {text}")
+            self.tracker.warn(text)
 
     def step(self, lr: float, num_steps: int) -> None:
         """A row of a step. All ranks must call. num_steps: of the epoch's plan."""
@@ -162,6 +166,7 @@ class Reports:
         return {
             "cost/samples_skipped": self._ledger.samples_skipped,
             "cost/flops_saved": self._ledger.flops_saved(self._step.flops),
+            "train/steps_nonfinite": self._ledger.steps_nonfinite,
         }
 
     def _eta_s(self) -> float:

@@ -18,6 +18,8 @@ from ast_dist.config import Config, differences, to_dict
 from ast_dist.errors import UserError
 from ast_dist.fault.commit import committed
 from ast_dist.fault.lease import Lease, previous_launch
+from ast_dist.track.history import read as read_rows
+from ast_dist.track.progress import read_progress
 
 CONFIG_NAME = "config.yaml"
 _PACKAGES = ("ast-dist", "torch", "torchvision", "numpy", "webdataset", "wandb", "nvidia-dali-cuda130")
@@ -61,7 +63,8 @@ def _started_at(pid: int) -> str:
 def check(config: Config, manifests: dict[str, str]) -> None:
     """Judge whether the run may start or go on in its directory. Changes nothing.
 
-    A restart by the launcher that already took the directory goes on, whatever --resume says.
+    A restart by the launcher that already took the directory goes on, whatever --resume says, unless the run ended by
+    something that only a person can mend: torchrun restarts its processes after that, too.
     Raises UserError when the directory holds something else, another configuration, or nothing to resume from.
     """
     run_dir = Path(config.run_dir)
@@ -79,6 +82,8 @@ def check(config: Config, manifests: dict[str, str]) -> None:
         if config.resume == "must" and not is_restart:
             raise UserError(f"--resume must: {run_dir} holds no run. Check --run-dir, or use --resume auto.")
         return
+    if is_restart and (reason := _told_to_person(run_dir)):
+        raise UserError(reason)
     if config.resume == "never" and not is_restart:
         return
     if config.resume == "must" and not is_restart and not committed(checkpoints_path(run_dir)):
@@ -95,6 +100,21 @@ def check(config: Config, manifests: dict[str, str]) -> None:
             f"{run_dir}: this run was made with another configuration ({'; '.join(changed)}). Use the old values to go "
             "on with it, another --run-dir for a new run, or --resume never to move it aside."
         )
+
+
+def _told_to_person(run_dir: Path) -> str | None:
+    """Why the run ended, where that was a UserError; None otherwise."""
+    try:
+        progress = read_progress(run_dir)
+    except UserError:
+        return None
+    return str(progress["message"]) if progress.get("needs_person") else None
+
+
+def rolled_back_epochs(run_dir: Path) -> set[int]:
+    """Epochs in which the run went back to its last checkpoint because its loss was not finite."""
+    rows = read_rows(run_dir / "sessions.jsonl")
+    return {int(row["epoch"]) for row in rows if row.get("event") == "rollback"}
 
 
 def take(config: Config, manifests: dict[str, str]) -> Lease:

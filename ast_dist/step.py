@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,7 @@ from ast_dist.data.pixel_kernels import erase
 from ast_dist.distributed import World
 from ast_dist.gate.cost import SampleFlops, count_flops
 from ast_dist.gate.significance import significance
+from ast_dist.micro_batches import micro_batches
 from ast_dist.mixing import Mix, pair
 from ast_dist.model import Normalize, build_optimizer
 
@@ -25,7 +27,8 @@ Score = Callable[[Tensor, Tensor], Tensor]
 VOTE_STOP = 1
 VOTE_SAVE = 2
 VOTE_DAMAGED = 3
-NUM_VOTES = 4
+VOTE_NONFINITE = 4
+NUM_VOTES = 5
 
 
 @dataclass
@@ -33,6 +36,7 @@ class Meters:
     """Sums over the samples trained since the last reset, on this rank's device.
 
     loss: float64, nats. correct, active: int64. A mixed row is correct where it has the label of its larger share.
+    Steps that were skipped because they were not finite are left out.
     """
 
     loss: Tensor
@@ -57,7 +61,11 @@ class TrainStep:
 
     score: gives the significance of a batch's rows.
 
-    Attributes: module (the bare model), optimizer, scaler, normalize, flops (of one sample), meters.
+    A step whose gradient is not finite (NaN or infinite) is skipped: weights, optimizer and batch statistics stay as
+    they were before it, on every rank alike, since the gradient is the same on all.
+
+    Attributes: module (the bare model), optimizer, scaler, normalize, flops (of one sample), meters,
+    nonfinite (steps that were not finite since this rank last voted, int64 scalar on the device).
     """
 
     def __init__(self, module: nn.Module, config: Config, world: World, score: Score = significance) -> None:
@@ -69,6 +77,7 @@ class TrainStep:
         self.optimizer = build_optimizer(self.module, config.optim)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.loop.precision == "fp16")
         self.meters = Meters.zero(world.device)
+        self.nonfinite = torch.zeros((), dtype=torch.int64, device=world.device)
         self._model: nn.Module = self.module
         with self._unchanged():
             self.flops = self._count_flops()
@@ -97,15 +106,17 @@ class TrainStep:
         all; the scores of a mixed step say nothing about samples. stop, save: this rank's votes.
 
         Returns the significance of the batch's rows, (n,) float32, and the votes summed over the ranks, (NUM_VOTES,)
-        int64: active samples, then ranks that voted to stop, ranks that voted to save, and damaged samples.
+        int64: active samples, then ranks that voted to stop, ranks that voted to save, damaged samples, and steps
+        before this one that were not finite, each counted by the ranks that saw it.
         """
         votes = self.world.sum(self.votes(batch, stop=stop, save=save))
         return self.train(batch, lr, votes[0], mix), votes
 
     def votes(self, batch: Batch, *, stop: bool, save: bool) -> Tensor:
         """This rank's votes and counts, (NUM_VOTES,) int64 on the batch's device, for the ranks to sum."""
-        cast = upload(torch.tensor([0, int(stop), int(save), len(batch.damaged)]), batch.images.device)
+        cast = upload(torch.tensor([0, int(stop), int(save), len(batch.damaged), 0]), batch.images.device)
         cast[0] = batch.is_active.sum()
+        cast[VOTE_NONFINITE], self.nonfinite = self.nonfinite, torch.zeros_like(self.nonfinite)
         return cast
 
     def train(self, batch: Batch, lr: float, active: Tensor, mix: Mix | None = None) -> Tensor:
@@ -126,24 +137,31 @@ class TrainStep:
         if mix:
             partners = pair(batch.is_active)
             images, other_labels = mix.images(images, partners), batch.labels[partners]
-        with self.autocast:
-            output = self._model(images)
-        logits = output.float()
-        losses = self._losses(logits, batch.labels)
-        if mix:
-            losses = mix.losses(losses, self._losses(logits, other_labels))
-        weighted = torch.where(batch.is_active, losses * batch.weights, 0.0)
-        loss = weighted.sum() * (self.world.size / active.clamp_min(1))
-        self.scaler.scale(loss).backward()
-        if self.config.optim.clip_grad_norm > 0:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.module.parameters(), self.config.optim.clip_grad_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
+        buffers = [buffer for buffer in self.module.buffers() if buffer.numel()]
+        before = _flattened(buffers)
+        logits, losses = [], []
+        loss_sum = torch.zeros((), device=images.device)
+        parts = self._parts(len(images), batch.planned)
+        for number, (rows, is_own) in enumerate(parts):
+            with self._unsynchronised(number < len(parts) - 1):
+                with self.autocast:
+                    output = self._model(images[rows])
+                logits.append(output.detach().float())
+                part_losses = self._losses(output.float(), batch.labels[rows])
+                if mix:
+                    part_losses = mix.losses(part_losses, self._losses(output.float(), other_labels[rows]))
+                losses.append(part_losses.detach())
+                weighted = torch.where(batch.is_active[rows] & is_own, part_losses * batch.weights[rows], 0.0)
+                loss = weighted.sum() * (self.world.size / active.clamp_min(1))
+                loss_sum += loss.detach()
+                self.scaler.scale(loss).backward()
+        is_finite = self._update(loss_sum)
         with torch.no_grad():
-            self._measure(logits, other_labels if mix and mix.own_share < 0.5 else batch.labels, batch, losses)
-            return self.score(logits, batch.labels)
+            _put_back(buffers, before, is_finite)
+            own_logits, own_losses = torch.cat(logits)[: len(images)], torch.cat(losses)[: len(images)]
+            labels = other_labels if mix and mix.own_share < 0.5 else batch.labels
+            self._measure(own_logits, labels, batch.is_active & is_finite, own_losses)
+            return self.score(own_logits, batch.labels)
 
     @torch.no_grad()
     def score_batch(self, batch: Batch) -> Tensor:
@@ -158,8 +176,11 @@ class TrainStep:
         self.world.broadcast_buffers(self.module)
         self.module.eval()
         try:
+            images = self._for_scoring(self._inputs(batch))
             with self.autocast:
-                output = self.module(self._for_scoring(self._inputs(batch)))
+                output = torch.cat(
+                    [self.module(part) for part in images.split(self.config.loop.micro_batch_size or len(images))]
+                )
         finally:
             self.module.train()
         return self.score(output.float(), batch.labels).float()
@@ -179,11 +200,59 @@ class TrainStep:
         smoothing = self.config.optim.label_smoothing
         return F.cross_entropy(logits, labels, reduction="none", label_smoothing=smoothing)
 
-    def _measure(self, logits: Tensor, labels: Tensor, batch: Batch, losses: Tensor) -> None:
+    def _parts(self, num_rows: int, planned: int) -> list[tuple[Any, Any]]:
+        """What goes through the model at once: rows, and which of them count. One part where no limit is set."""
+        limit = self.config.loop.micro_batch_size
+        share = -(-planned // self.world.size)
+        if limit == 0 or max(share, num_rows) <= limit:
+            return [(slice(None), True)]
+        device = self.world.device
+        return [
+            (upload(torch.from_numpy(part.rows), device), upload(torch.from_numpy(part.is_own), device))
+            for part in micro_batches(num_rows, share, limit)
+        ]
+
+    @contextlib.contextmanager
+    def _unsynchronised(self, is_wanted: bool) -> Iterator[None]:
+        """Keep gradients to this rank: those of all micro-batches are summed over the ranks with the last one's."""
+        if is_wanted and isinstance(self._model, DistributedDataParallel):
+            with self._model.no_sync():
+                yield
+        else:
+            yield
+
+    def _update(self, loss: Tensor) -> Tensor:
+        """Step the optimizer where the gradient is finite, and return whether it is, a bool scalar on the device.
+
+        loss: of this rank. The host of a GPU does not wait to learn the answer.
+        """
+        optimizer, scaler = self.optimizer, self.scaler
+        scaler.unscale_(optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        is_finite = torch.isfinite(norm)
+        if self.config.optim.clip_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.module.parameters(), self.config.optim.clip_grad_norm, norm)
+        if scaler.is_enabled():
+            # In half precision a scaled gradient overflows now and then; only the loss itself tells of a fault.
+            self.nonfinite += ~torch.isfinite(loss)
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            self.nonfinite += ~is_finite
+            if norm.device.type == "cuda":
+                # As GradScaler does it: fused optimizers read this, and their kernels leave everything as it is.
+                optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+                optimizer.step()
+            elif is_finite:
+                optimizer.step()
+        optimizer.zero_grad()
+        return is_finite
+
+    def _measure(self, logits: Tensor, labels: Tensor, counts: Tensor, losses: Tensor) -> None:
         is_correct = logits.argmax(dim=1) == labels
-        self.meters.loss += torch.where(batch.is_active, losses, 0.0).sum(dtype=torch.float64)
-        self.meters.correct += (is_correct & batch.is_active).sum()
-        self.meters.active += batch.is_active.sum()
+        self.meters.loss += torch.where(counts, losses, 0.0).sum(dtype=torch.float64)
+        self.meters.correct += (is_correct & counts).sum()
+        self.meters.active += counts.sum()
 
     def _empty_images(self) -> Tensor:
         size = self.config.data.image_size
@@ -204,3 +273,20 @@ class TrainStep:
             for name, buffer in self.module.named_buffers():
                 buffer.copy_(buffers[name])
         self.optimizer.zero_grad()
+
+
+def _flattened(buffers: list[Tensor]) -> dict[torch.dtype, Tensor]:
+    """A copy of buffers, one tensor a dtype: a ResNet-50 has 159 of them."""
+    dtypes = {buffer.dtype for buffer in buffers}
+    return {dtype: torch.cat([b.detach().reshape(-1) for b in buffers if b.dtype == dtype]) for dtype in dtypes}
+
+
+def _put_back(buffers: list[Tensor], before: dict[torch.dtype, Tensor], is_finite: Tensor) -> None:
+    """Undo what a skipped step did to the buffers, without asking the device whether it was skipped."""
+    if is_finite.device.type == "cpu" and is_finite:
+        return
+    for dtype, old in before.items():
+        own = [buffer for buffer in buffers if buffer.dtype == dtype]
+        kept = torch.where(is_finite, torch.cat([buffer.detach().reshape(-1) for buffer in own]), old)
+        parts = kept.split([buffer.numel() for buffer in own])
+        torch._foreach_copy_(own, [part.view_as(buffer) for part, buffer in zip(parts, own, strict=True)])

@@ -1,5 +1,6 @@
 """Train: `python -m ast_dist.train …`, alone or under torchrun."""
 
+import dataclasses
 import os
 import sys
 import warnings
@@ -17,8 +18,10 @@ from ast_dist.config import Config
 from ast_dist.data.index import Index
 from ast_dist.data.remote import open_index
 from ast_dist.distributed import World
-from ast_dist.errors import run_command
+from ast_dist.errors import UserError, run_command
 from ast_dist.fault.guard import die_with_parent
+from ast_dist.fault.lease import Lease
+from ast_dist.fault.nonfinite import RollBack
 from ast_dist.model import build_model
 from ast_dist.preflight import check_data, print_dry_run, with_block_shards
 from ast_dist.trainer import Trainer
@@ -57,17 +60,32 @@ def main(argv: Sequence[str]) -> int:
 def train_in(
     config: Config, world: World, train: Index, val: Index, num_classes: int, manifests: dict[str, str]
 ) -> None:
-    """Take the run directory, resume, train, and leave a clean end."""
+    """Take the run directory, and train in it until there is an end."""
     with ExitStack() as stack:
         lease = world.on_main(lambda: run_folder.take(config, manifests))
         if lease:
             stack.callback(lease.release)
+        restart = world.restart
+        while True:
+            try:
+                attempt(config, dataclasses.replace(world, restart=restart), train, val, num_classes, lease)
+            except RollBack:
+                restart += 1
+                if lease:
+                    lease.begin_again()
+            else:
+                return
+
+
+def attempt(config: Config, world: World, train: Index, val: Index, num_classes: int, lease: Lease | None) -> None:
+    """Go on from the newest checkpoint, train, and leave a clean end. Raises RollBack on all ranks alike."""
+    with ExitStack() as stack:
         trainer = Trainer(config, world, train, val, num_classes)
         stack.callback(trainer.close)
         checkpoint = trainer.resume()
         world.on_main(lambda: trainer.own(lease, checkpoint) if lease else None)
         outcome: Literal["finished", "paused", "failed"] = "failed"
-        message = ""
+        message, needs_person = "", False
         try:
             trainer.reports.progress(trainer.checkpoints.newest)
             ended = trainer.run()
@@ -75,16 +93,23 @@ def train_in(
                 kept = "saved, nothing lost" if trainer.is_saved else "NOT saved, see the warnings"
                 message = f"{trainer.guard.reason or 'a peer asked to stop'}: {kept}"
             while ended == "finished" and not trainer.is_saved:
-                trainer.save()  # raises when the disk has refused three times in a row
+                trainer.save(at_all_costs=True)  # raises when the disk has refused three times in a row
             outcome = ended
+        except RollBack as error:
+            message = str(error)
+            if trainer.reports.tracker:
+                trainer.reports.tracker.rolled_back(trainer.state.epoch, trainer.state.global_step)
+            raise
         except BaseException as error:
-            message = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+            needs_person = isinstance(error, UserError)
+            message = str(error) if needs_person else f"{type(error).__name__}: {error}".splitlines()[0][:300]
             raise
         finally:
             trainer.reports.progress(trainer.checkpoints.newest)
             if trainer.reports.tracker:
                 # Somebody who asked to stop is waiting: the last picture is not worth the grace.
-                trainer.reports.tracker.close(outcome, message, timeout_s=30.0 if outcome == "finished" else 5.0)
+                timeout_s = 30.0 if outcome == "finished" else 5.0
+                trainer.reports.tracker.close(outcome, message, timeout_s, needs_person=needs_person)
 
 
 if __name__ == "__main__":

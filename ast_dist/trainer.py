@@ -30,6 +30,7 @@ from ast_dist.evaluate import evaluate
 from ast_dist.fault.checkpoint import Checkpoints, checkpoint_name
 from ast_dist.fault.guard import Guard
 from ast_dist.fault.lease import Lease
+from ast_dist.fault.nonfinite import NonFiniteSteps
 from ast_dist.fault.state import TrainState
 from ast_dist.gate.cost import Ledger
 from ast_dist.gate.policy import Policy, PolicySetup, RememberingPolicy, checked_plan
@@ -38,7 +39,7 @@ from ast_dist.mixing import Mixer
 from ast_dist.model import build_model, lr_at
 from ast_dist.reports import Reports
 from ast_dist.resources import Resources, open_meter
-from ast_dist.step import VOTE_DAMAGED, VOTE_SAVE, VOTE_STOP, TrainStep
+from ast_dist.step import VOTE_DAMAGED, VOTE_NONFINITE, VOTE_SAVE, VOTE_STOP, TrainStep
 
 _STARTED = time.monotonic()
 
@@ -91,6 +92,8 @@ class Trainer:
         self.val_damage = DamageLog(config.data.damaged_limit, val.num_samples, val.location, world)
         self.damage = DamageLog(config.data.damaged_limit, train.num_samples, train.location, world)
         self.lagged = LaggedRead()
+        rolled_back = world.on_main(lambda: run_folder.rolled_back_epochs(Path(config.run_dir)))
+        self.nonfinite = NonFiniteSteps(config.fault.nonfinite_steps, world.broadcast(rolled_back))
         # Set by what the ranks agreed on, and so the same on all of them.
         self._wants_stop = False
         self._wants_save = False
@@ -124,7 +127,7 @@ class Trainer:
                 if state.step_in_epoch == num_steps:
                     break
                 if self._wants_save or self._wants_stop or self._is_save_step():
-                    self.save()
+                    self.save(at_all_costs=self._wants_stop)
                 if self._wants_stop:
                     return "paused"
             self._end_epoch(state.plan)
@@ -153,10 +156,17 @@ class Trainer:
         """Whether the newest checkpoint is of the present step: a disk may have refused it."""
         return self.checkpoints.newest == checkpoint_name(self.state.global_step)
 
-    def save(self, val_acc1: float | None = None) -> None:
-        """Commit a checkpoint; all ranks must call. val_acc1: percent, where exactly this state was evaluated."""
+    def save(self, val_acc1: float | None = None, *, at_all_costs: bool = False) -> None:
+        """Commit a checkpoint; all ranks must call. val_acc1: percent, where exactly this state was evaluated.
+
+        Amid steps that were skipped because they were not finite nothing is saved, unless the run ends here: it would
+        be no place to roll back to.
+        """
         began = time.monotonic()
         self._settle()
+        is_finite = self.nonfinite.in_row == 0 and self.world.sum(self.step.nonfinite.clone()).item() == 0
+        if not is_finite and not at_all_costs:
+            return
         self.policy.merge(self.state.epoch)
         self.state.counts = self.ledger.to_dict()
         self.resources.tally()
@@ -258,6 +268,10 @@ class Trainer:
             return
         self._wants_stop |= votes[VOTE_STOP] > 0
         self._wants_save |= votes[VOTE_SAVE] > 0
+        warning = self.nonfinite.note(votes[VOTE_NONFINITE] == 0, self.state.epoch, self.state.global_step)
+        if warning:
+            self.ledger.steps_nonfinite += 1
+            self.reports.warn(warning)
         damaged = votes[VOTE_DAMAGED]
         self.ledger.damaged += damaged
         if self._is_scored:
@@ -299,4 +313,4 @@ class Trainer:
             state.last_acc1 = scores["val/acc1"]
             state.best_acc1 = max(state.last_acc1, state.best_acc1 or 0.0)
         self.reports.epoch(len(plan.ids), report, scores)
-        self.save(scores.get("val/acc1"))
+        self.save(scores.get("val/acc1"), at_all_costs=self._wants_stop)

@@ -44,6 +44,14 @@ def test_gradient_does_not_depend_on_how_samples_are_spread_over_ranks(worlds: A
             torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_micro_batches_add_up_to_the_step_without_them(worlds: Any, world_size: int) -> None:
+    alone = worlds[1][0]["weights"]
+    for rank in worlds[world_size]:
+        for name, value in rank["weights_micro"].items():
+            torch.testing.assert_close(value, alone[name], rtol=1e-4, atol=1e-6)
+
+
 def test_gradient_depends_on_which_samples_are_damaged(worlds: Any) -> None:
     alone = worlds[1][0]
     assert any(not torch.equal(alone["weights"][n], alone["weights_damaged"][n]) for n in alone["weights"])

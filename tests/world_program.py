@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from ast_dist.config import Config, DataConfig, GateConfig, ModelConfig, OptimConfig
+from ast_dist.config import Config, DataConfig, GateConfig, LoopConfig, ModelConfig, OptimConfig
 from ast_dist.data.batch import Batch
 from ast_dist.data.order import epoch_order, rank_share
 from ast_dist.distributed import LaggedRead, World
@@ -51,13 +51,14 @@ def plans(world: World) -> list[str]:
     return ids
 
 
-def step_with(world: World, spread: list[int], damaged: int) -> dict[str, torch.Tensor]:
+def step_with(world: World, spread: list[int], damaged: int, micro_batch_size: int = 0) -> dict[str, torch.Tensor]:
     """Train the same six samples, spread over the ranks, for one step of plain SGD; return all weights."""
     config = Config(
         run_dir="x",
         data=DataConfig(train="x", val="x", image_size=8),
         model=ModelConfig(name="small_cnn", width=8, norm="group"),
         optim=OptimConfig(lr=1.0, momentum=0.0, weight_decay=0.0, label_smoothing=0.1),
+        loop=LoopConfig(micro_batch_size=micro_batch_size),
     )
     torch.manual_seed(0)
     step = TrainStep(build_model(config.model, 10), config, world)
@@ -109,6 +110,8 @@ def main() -> None:
     }
     if world.size in SPREADS:
         results["weights"] = step_with(world, SPREADS[world.size], damaged=0)
+        # In passes of two: a rank with one sample or none must take as many as the others.
+        results["weights_micro"] = step_with(world, SPREADS[world.size], damaged=0, micro_batch_size=2)
         results["weights_damaged"] = step_with(world, SPREADS[world.size], damaged=2)
     torch.save(results, Path(sys.argv[1]) / f"rank-{world.rank}.pt")
     world.close()

@@ -13,7 +13,8 @@ class Ledger:
 
     forwarded, backwarded: samples that went through the model in training. scored: samples that went through it
     forward only, for their score. full_equivalent: samples that training everything would have taken to the same
-    point. damaged: samples that failed to decode.
+    point. damaged: samples that failed to decode. steps_nonfinite: steps that were computed and left without effect,
+    because their loss or gradient was NaN or infinite.
     """
 
     forwarded: int = 0
@@ -21,6 +22,7 @@ class Ledger:
     full_equivalent: int = 0
     damaged: int = 0
     scored: int = 0
+    steps_nonfinite: int = 0
 
     @property
     def samples_skipped(self) -> int:

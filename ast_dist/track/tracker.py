@@ -56,6 +56,7 @@ class Tracker:
             "epochs": epochs,
             "sessions": self._start_row["session"],
             "restarts": sum(row["restart"] > 0 for row in starts) + (restart > 0),
+            "needs_person": False,
             "policy": config.gate.policy,
             "run_dir": str(run_dir),
         }
@@ -166,14 +167,22 @@ class Tracker:
             with contextlib.suppress(OSError):
                 print(f"warning: {text} (and the console failed: {error!r})", file=sys.stderr)
 
-    def close(self, state: str, message: str = "", timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+    def rolled_back(self, epoch: int, step: int) -> None:
+        """Note in sessions.jsonl that this attempt ends and the last checkpoint is loaded again."""
+        row = {key: self._start_row[key] for key in ("session", "restart")}
+        self._keep(self._sessions, {**row, "event": "rollback", "epoch": epoch, "step": step})
+
+    def close(
+        self, state: str, message: str = "", timeout_s: float = CLOSE_TIMEOUT_S, *, needs_person: bool = False
+    ) -> None:
         """Write how it ended, show it, and wait for W&B and the last picture, timeout_s seconds at most.
 
         state: finished, paused or failed; nobody waits for the picture of a failed run, which must make room for its
-        restart. message: why, in one line.
+        restart. message: why, in one line. needs_person: whether a restart would end the same way.
         """
         deadline = time.monotonic() + timeout_s
-        self._write_progress({"state": state, "message": message, **({"eta_s": 0.0} if state == "finished" else {})})
+        ended = {"state": state, "message": message, "needs_person": needs_person}
+        self._write_progress({**ended, **({"eta_s": 0.0} if state == "finished" else {})})
         if self._dashboard and state == "failed":
             self._view("the dashboard", self._dashboard.leave)
         elif self._dashboard:
