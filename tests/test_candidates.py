@@ -172,6 +172,7 @@ def test_damaged_samples_are_counted_and_never_trained(worlds: Any, world_size: 
             "scored": EPOCHS * (NUM_SAMPLES - len(DAMAGED)),
             "damaged": EPOCHS * len(DAMAGED),
             "full_equivalent": EPOCHS * NUM_SAMPLES,
+            "steps_nonfinite": 0,
         }
 
 
