@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ast_dist.average import make_average
 from ast_dist.config import Config
 from ast_dist.data.batch import Batch, upload
 from ast_dist.data.pixel_kernels import erase
@@ -64,8 +65,8 @@ class TrainStep:
     A step whose gradient is not finite (NaN or infinite) is skipped: weights, optimizer and batch statistics stay as
     they were before it, on every rank alike, since the gradient is the same on all.
 
-    Attributes: module (the bare model), optimizer, scaler, normalize, flops (of one sample), meters,
-    nonfinite (steps that were not finite since this rank last voted, int64 scalar on the device).
+    Attributes: module (the bare model), optimizer, average (of its weights, or None), scaler, normalize, flops (of one
+    sample), meters, nonfinite (steps that were not finite since this rank last voted, int64 scalar on the device).
     """
 
     def __init__(self, module: nn.Module, config: Config, world: World, score: Score = significance) -> None:
@@ -75,6 +76,7 @@ class TrainStep:
         self.module = module.to(world.device)
         self.normalize = Normalize(config.data, world.device, config.model.channels_last)
         self.optimizer = build_optimizer(self.module, config.optim)
+        self.average = make_average(self.module, self.optimizer, config.optim.ema_decay)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.loop.precision == "fp16")
         self.meters = Meters.zero(world.device)
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=world.device)
