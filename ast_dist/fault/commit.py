@@ -90,16 +90,18 @@ def committed(folder: Path) -> list[Path]:
 
 
 def best(folder: Path) -> str | None:
-    """Name of the committed checkpoint with the highest `val_acc1` in its manifest, the newest of equals.
+    """Name of the committed checkpoint with the highest accuracy in its manifest, the newest of equals.
 
+    It counts as what its better weights reached: `val_acc1`, or `val_ema_acc1` of their average.
     A manifest that cannot be read is passed over: whether a checkpoint is sound is asked when it is loaded.
     """
     scores = {}
     for checkpoint in committed(folder):
         with contextlib.suppress(OSError, ValueError):
-            score = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8")).get("val_acc1")
-            if score is not None:
-                scores[checkpoint.name] = score
+            manifest = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
+            known = [score for key in ("val_acc1", "val_ema_acc1") if (score := manifest.get(key)) is not None]
+            if known:
+                scores[checkpoint.name] = max(known)
     return max(scores, key=lambda name: (scores[name], name), default=None)
 
 

@@ -26,15 +26,22 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class Averaged(Stateful, Protocol):
+    """An average of the model's weights, held in a module of its own."""
+
+    @property
+    def module(self) -> nn.Module: ...
+
+
 @dataclass
 class TrainState:
     """What a run is at a step boundary.
 
     orders: of the training set. epoch: epochs done. step_in_epoch: steps done of the present epoch's plan.
     global_step: steps done in all. plan: what the present epoch trains, None between epochs. candidates: samples
-    selected and not yet trained, None where none ever wait. average: of the weights, None where none is kept. counts: the cost ledger's numbers. best_acc1, last_acc1:
-    percent, None before the first evaluation. session: what is about the run's life, not its weights (number of
-    sessions, seconds, length of the metrics file).
+    selected and not yet trained, None where none ever wait. average: of the weights, None where none is kept. counts:
+    the cost ledger's numbers. best_acc1, last_acc1: percent, None before the first evaluation. session: what is about
+    the run's life, not its weights (number of sessions, seconds, length of the metrics file).
     """
 
     model: nn.Module
@@ -47,7 +54,7 @@ class TrainState:
     global_step: int = 0
     plan: Plan | None = None
     candidates: Stateful | None = None
-    average: Stateful | None = None
+    average: Averaged | None = None
     counts: dict[str, int] = field(default_factory=dict)
     best_acc1: float | None = None
     last_acc1: float | None = None
