@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
 
 class Average:
     """The average of the weights and of the batch statistics that `model` has after each optimizer step.
@@ -60,9 +62,9 @@ class Average:
         self._averaged.n_averaged.fill_(state["updates"])
         self._seen, self._unread = state["seen"], state["unread"]
 
-    def _blend(self, averaged: list[Tensor], current: list[Tensor], _: Tensor | int) -> None:
+    def _blend(self, averaged: Tensors, current: Tensors, updates: Tensor | int) -> None:
         decay = min(self._decay, (1.0 + self._seen) / (10.0 + self._seen)) ** self._unread
-        get_ema_multi_avg_fn(decay)(averaged, current, _)
+        get_ema_multi_avg_fn(decay)(averaged, current, updates)
 
 
 def make_average(model: nn.Module, optimizer: torch.optim.Optimizer, decay: float) -> Average | None:
