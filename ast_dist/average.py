@@ -7,7 +7,6 @@ times as many passes whenever samples are skipped, into weights that were learne
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -41,11 +40,11 @@ class Average:
         """Count data that passes, trained or skipped. steps: as many as a full epoch takes for it."""
         self._unread += steps
 
-    def after_step(self, *_: Any) -> None:
-        """Take the model's weights in, for the data counted since the last time.
+    def update(self) -> None:
+        """Take the model's weights in, for the data counted since the last time; call it after each optimizer step.
 
-        An optimizer's step-post hook: a step that is skipped (fp16 overflow, a loss that is not finite) never gets
-        here, and its data count with the next step's.
+        A step that is skipped (fp16 overflow, a loss that is not finite) has left weights and statistics as they were,
+        and its data passed nevertheless: they count for the old weights, and the host need not ask a GPU which it was.
         """
         self._seen += self._unread
         self._averaged.update_parameters(self._model)
@@ -65,12 +64,3 @@ class Average:
     def _blend(self, averaged: Tensors, current: Tensors, updates: Tensor | int) -> None:
         decay = min(self._decay, (1.0 + self._seen) / (10.0 + self._seen)) ** self._unread
         get_ema_multi_avg_fn(decay)(averaged, current, updates)
-
-
-def make_average(model: nn.Module, optimizer: torch.optim.Optimizer, decay: float) -> Average | None:
-    """An average that follows each step of the optimizer; None where decay is 0."""
-    if decay == 0.0:
-        return None
-    average = Average(model, decay)
-    optimizer.register_step_post_hook(average.after_step)
-    return average

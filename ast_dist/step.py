@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ast_dist.average import make_average
+from ast_dist.average import Average
 from ast_dist.config import Config
 from ast_dist.data.batch import Batch, upload
 from ast_dist.data.pixel_kernels import erase
@@ -76,7 +76,7 @@ class TrainStep:
         self.module = module.to(world.device)
         self.normalize = Normalize(config.data, world.device, config.model.channels_last)
         self.optimizer = build_optimizer(self.module, config.optim)
-        self.average = make_average(self.module, self.optimizer, config.optim.ema_decay)
+        self.average = Average(self.module, config.optim.ema_decay) if config.optim.ema_decay else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.loop.precision == "fp16")
         self.meters = Meters.zero(world.device)
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=world.device)
@@ -160,6 +160,8 @@ class TrainStep:
         is_finite = self._update(loss_sum)
         with torch.no_grad():
             _put_back(buffers, before, is_finite)
+            if self.average:
+                self.average.update()
             own_logits, own_losses = torch.cat(logits)[: len(images)], torch.cat(losses)[: len(images)]
             labels = other_labels if mix and mix.own_share < 0.5 else batch.labels
             self._measure(own_logits, labels, batch.is_active & is_finite, own_losses)

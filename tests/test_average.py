@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import nn
 
-from ast_dist.average import Average, make_average
-from ast_dist.config import GateConfig
+from ast_dist.average import Average
+from ast_dist.config import Config, DataConfig, GateConfig, ModelConfig, OptimConfig
+from ast_dist.data.batch import Batch
 from ast_dist.data.order import Orders
 from ast_dist.distributed import World
 from ast_dist.errors import run_command
@@ -24,6 +25,8 @@ from ast_dist.fault.commit import committed
 from ast_dist.fault.state import TrainState, hash_state
 from ast_dist.gate.policy import PolicySetup
 from ast_dist.gate.registry import make_policy
+from ast_dist.model import build_model
+from ast_dist.step import TrainStep
 from ast_dist.track.history import read as read_rows
 from ast_dist.train import main
 from tests import training
@@ -56,6 +59,30 @@ def train_one(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
 
 
+def make_step(world: World, decay: float) -> TrainStep:
+    config = Config(
+        run_dir="x",
+        data=DataConfig(train="x", val="x", image_size=8),
+        model=ModelConfig(name="small_cnn", width=8),
+        optim=OptimConfig(lr=0.1, ema_decay=decay),
+    )
+    torch.manual_seed(0)
+    return TrainStep(build_model(config.model, 10), config, world)
+
+
+def make_batch(weight: float) -> Batch:
+    """Four samples, of which one weighs `weight`."""
+    return Batch(
+        step=0,
+        ids=torch.arange(4),
+        images=torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8),
+        labels=torch.arange(4),
+        weights=torch.tensor([weight, 1.0, 1.0, 1.0]),
+        is_active=torch.ones(4, dtype=torch.bool),
+        planned=4,
+    )
+
+
 def floats(module: nn.Module) -> torch.Tensor:
     """Every weight and batch statistic in one row."""
     return torch.cat([value.flatten() for value in module.state_dict().values() if value.is_floating_point()]).double()
@@ -65,11 +92,12 @@ def floats(module: nn.Module) -> torch.Tensor:
 def test_weights_and_batch_statistics_follow_the_recurrence(pace: float) -> None:
     model = small_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    average = make_average(model, optimizer, DECAY)
+    average = Average(model, DECAY)
     expected, seen = None, 0.0
     for _ in range(120):
         average.advance(pace)
         train_one(model, optimizer)
+        average.update()
         seen += pace
         kept = min(DECAY, (1 + seen) / (10 + seen)) ** pace
         now = floats(model)
@@ -85,47 +113,38 @@ def test_one_step_that_stands_for_three_forgets_as_much_as_three() -> None:
         average = Average(model, DECAY)
         nn.init.ones_(model.weight)
         average.advance(1000.0)
-        average.after_step()
+        average.update()
         nn.init.zeros_(model.weight)
         for pace in paces:
             average.advance(pace)
-            average.after_step()
+            average.update()
         return average.module.weight.item()
 
     assert kept_of_the_old([3.0]) == pytest.approx(kept_of_the_old([1.0, 1.0, 1.0]), rel=1e-6)
     assert kept_of_the_old([3.0]) == pytest.approx(DECAY**3, rel=1e-6)
 
 
-def test_a_step_that_the_scaler_skips_is_not_averaged_and_its_data_count_with_the_next() -> None:
-    model = nn.Linear(2, 1, bias=False)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
-    average = make_average(model, optimizer, DECAY)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_a_step_that_is_not_finite_leaves_the_average_finite_and_nearer_to_the_weights_that_stand(
+    world: World, weight: float
+) -> None:
+    step = make_step(world, DECAY)
 
-    def step(factor: float) -> None:
-        average.advance(1.0)
-        scaler.scale(model(torch.ones(1, 2)).sum() * factor).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad()
+    def train_on(weight: float) -> None:
+        step.average.advance(1.0)
+        step(make_batch(weight), 0.1)
 
-    step(1.0)
-    before = hash_state({"model": average.state_dict()["model"]})
-    step(float("inf"))
-    assert scaler.get_scale() == 2.0, "the step should have overflowed"
-    assert hash_state({"model": average.state_dict()["model"]}) == before
-    assert average.state_dict()["updates"] == 1
-    assert average.state_dict()["unread"] == 1.0
-    step(1.0)
-    assert average.state_dict()["updates"] == 2
-    assert average.state_dict()["seen"] == 3.0
+    train_on(1.0)
+    train_on(1.0)
+    standing, before = floats(step.module), floats(step.average.module)
+    train_on(weight)
+    assert torch.equal(floats(step.module), standing)
+    kept = 4 / 13  # (1 + t) / (10 + t) after 3 steps
+    torch.testing.assert_close(floats(step.average.module), kept * before + (1 - kept) * standing)
 
 
-def test_off_there_is_none_and_no_hook() -> None:
-    model = small_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    assert make_average(model, optimizer, 0.0) is None
-    assert not optimizer._optimizer_step_post_hooks
+def test_off_there_is_none(world: World) -> None:
+    assert make_step(world, 0.0).average is None
 
 
 def test_a_checkpoint_restores_it_bit_for_bit(world: World, tmp_path: Path) -> None:
@@ -137,13 +156,14 @@ def test_a_checkpoint_restores_it_bit_for_bit(world: World, tmp_path: Path) -> N
         state = TrainState(
             model, optimizer, torch.amp.GradScaler("cpu", enabled=False), policy, Orders(np.array([100]), seed=0)
         )
-        state.average = make_average(model, optimizer, DECAY)
+        state.average = Average(model, DECAY)
         return state
 
     def train(state: TrainState, steps: int) -> None:
         for _ in range(steps):
             state.average.advance(1.75)
             train_one(state.model, state.optimizer)
+            state.average.update()
 
     state, other = fresh(0), fresh(1)
     train(state, 3)
