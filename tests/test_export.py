@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-import torchvision
 from safetensors import safe_open
 from torch import Tensor
 from torchvision.io import decode_image
@@ -35,6 +34,19 @@ from tests.launching import ROOT, environment, finish, start, wait_for
 from tests.shards import photos, write_split
 from tests.training import snapshot, write_shards
 
+WITHOUT_OURS = """
+import json, sys, torch, torchvision
+from safetensors import safe_open
+
+with safe_open(sys.argv[1], "pt") as file:
+    weights = {name: file.get_tensor(name) for name in file.keys()}
+    about = {key: json.loads(file.metadata()[key]) for key in ("architecture", "classes", "preprocessing")}
+model = torchvision.models.get_model(about["architecture"]["name"], num_classes=about["architecture"]["num_classes"])
+model.load_state_dict(weights)
+model.eval()
+outputs = model(torch.zeros(1, 3, 32, 32)).shape[1]
+print(json.dumps({"outputs": outputs, "ours": "ast_dist" in sys.modules}))
+"""
 BOTH = ["model.safetensors", "model.pt"]
 EPOCHS = 3
 
@@ -184,11 +196,13 @@ def test_a_torchvision_model_is_used_with_safetensors_and_torchvision_alone(shar
     run_dir = tmp_path / "run"
     more = ("--model.name", "resnet18", "--data.image-size", "32", "--loop.epochs", "1", "--track.quiet")
     assert run_command(train, training.words(shards, run_dir, *more)) == 0
-    tensors, about = opened(export(run_dir, tmp_path / "model.safetensors"))
-    assert about["architecture"] == {"name": "resnet18", "norm": "batch", "num_classes": 10}
-    model = torchvision.models.get_model(about["architecture"]["name"], num_classes=len(about["classes"]))
-    model.load_state_dict(tensors)
-    assert about["weights"] == "model", "no average was kept"
+    target = export(run_dir, tmp_path / "model.safetensors")
+    assert opened(target)[1]["weights"] == "model", "no average was kept"
+    ended = subprocess.run(
+        [sys.executable, "-c", WITHOUT_OURS, str(target)], check=False, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout) == {"outputs": 10, "ours": False}
 
 
 @pytest.mark.parametrize(
@@ -263,7 +277,10 @@ def test_a_run_without_classes_takes_them_from_the_shards_it_was_trained_on(
     expected = [f"class-{number}" for number in range(10)]
     assert load_source(run_dir).about["classes"] == expected, "the configuration names them"
     config = run_dir / "config.yaml"
-    config.write_text(config.read_text().replace(str(shards / "train"), str(tmp_path / "gone")))
+    text = config.read_text()
+    config.write_text(text.replace(str(shards / "train"), str(shards / "val")))
+    assert "is not there or has changed" in refused(capsys, run_dir, "--to", tmp_path / "a.pt")
+    config.write_text(text.replace(str(shards / "train"), str(tmp_path / "gone")))
     line = refused(capsys, run_dir, "--to", tmp_path / "a.pt")
     assert "holds no classes.json" in line and "Add --data.train DIR" in line
     assert load_source(run_dir, train=shards / "train").about["classes"] == expected
