@@ -21,7 +21,7 @@ from ast_dist.micro_batches import micro_batches
 from ast_dist.mixing import Mix, pair
 from ast_dist.model import Normalize, build_optimizer
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TRAINING_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Significance of samples from logits (n, classes) and hard labels (n,).
 Score = Callable[[Tensor, Tensor], Tensor]
 # Votes that the ranks sum at each step, beside the number of active samples.
@@ -96,7 +96,7 @@ class TrainStep:
     @property
     def autocast(self) -> torch.autocast:
         """Mixed precision as configured, a context for forward passes."""
-        dtype = _DTYPES[self.config.loop.precision]
+        dtype = TRAINING_DTYPES[self.config.loop.precision]
         return torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def __call__(
@@ -134,7 +134,7 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # Autocast would round the same numbers at the first convolution; blends are made in full precision before it.
-        dtype = torch.float32 if mix else _DTYPES[self.config.loop.precision]
+        dtype = torch.float32 if mix else TRAINING_DTYPES[self.config.loop.precision]
         images, other_labels = self._inputs(batch, dtype), batch.labels
         if mix:
             partners = pair(batch.is_active)

@@ -27,7 +27,6 @@ from ast_dist.data.loader import Loader
 from ast_dist.data.order import Orders, Plan, step_ids
 from ast_dist.distributed import LaggedRead, World
 from ast_dist.errors import UserError
-from ast_dist.evaluate import evaluate
 from ast_dist.fault.checkpoint import Checkpoints, checkpoint_name
 from ast_dist.fault.guard import Guard
 from ast_dist.fault.lease import Lease
@@ -41,6 +40,7 @@ from ast_dist.model import build_model, lr_at
 from ast_dist.reports import Reports
 from ast_dist.resources import Resources, open_meter
 from ast_dist.step import VOTE_DAMAGED, VOTE_NONFINITE, VOTE_SAVE, VOTE_STOP, TrainStep
+from ast_dist.validation import evaluate
 
 _STARTED = time.monotonic()
 

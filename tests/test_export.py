@@ -21,14 +21,14 @@ from ast_dist.config import Config, DataConfig, ModelConfig
 from ast_dist.data.index import Index
 from ast_dist.data.loader import Loader
 from ast_dist.errors import run_command
-from ast_dist.export import load as load_source
-from ast_dist.export import main, preprocessing, write
+from ast_dist.export import main, write
 from ast_dist.fault import checkpoint as checkpoint_file
 from ast_dist.fault import commit
 from ast_dist.fault.checkpoint import read
 from ast_dist.fault.commit import committed
 from ast_dist.model import Normalize, build_model
 from ast_dist.train import main as train
+from ast_dist.weights import load_weights, preprocessing
 from tests import training
 from tests.launching import ROOT, environment, finish, start, wait_for
 from tests.shards import photos, write_split
@@ -214,7 +214,7 @@ def test_auto_takes_what_was_better_on_validation(
 ) -> None:
     last = committed(run_dir / "checkpoints")[-1]
     restate(last, val_acc1=scores[0], val_ema_acc1=scores[1])
-    source = load_source(run_dir, last.name)
+    source = load_weights(run_dir, last.name)
     assert (source.about["weights"], source.about["val_acc1"]) == (expected, scores[expected == "ema"])
 
 
@@ -222,7 +222,7 @@ def test_best_is_by_the_better_weights_last_is_the_newest_and_a_name_is_itself(r
     first, second, third = committed(run_dir / "checkpoints")
     for path, scores in ((first, (30.0, 90.0)), (second, (80.0, 40.0)), (third, (50.0, 50.0))):
         restate(path, val_acc1=scores[0], val_ema_acc1=scores[1])
-    found = {wanted: load_source(run_dir, wanted).about["checkpoint"] for wanted in ("best", "last", second.name)}
+    found = {wanted: load_weights(run_dir, wanted).about["checkpoint"] for wanted in ("best", "last", second.name)}
     assert found == {"best": first.name, "last": third.name, second.name: second.name}
 
 
@@ -234,7 +234,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning_and_stays_where_it_i
     damage(third)
     before = snapshot(run_dir)
     with pytest.warns(RuntimeWarning, match=rf"{third.name}.*SHA-256.*passed over"):
-        source = load_source(run_dir, wanted)
+        source = load_weights(run_dir, wanted)
     assert source.about["checkpoint"] == second.name
     assert snapshot(run_dir) == before
 
@@ -253,7 +253,7 @@ def test_a_checkpoint_that_is_pruned_while_it_is_read_is_no_fault(
         return verify(path)
 
     monkeypatch.setattr(checkpoint_file.commit, "verify", prune_then_verify)
-    assert load_source(run_dir, "best").about["checkpoint"] == third.name
+    assert load_weights(run_dir, "best").about["checkpoint"] == third.name
 
 
 def test_exporting_again_and_again_does_not_disturb_a_training(shards: Path, tmp_path: Path) -> None:
@@ -275,7 +275,7 @@ def test_a_run_without_classes_takes_them_from_the_shards_it_was_trained_on(
 ) -> None:
     (run_dir / "classes.json").unlink()
     expected = [f"class-{number}" for number in range(10)]
-    assert load_source(run_dir).about["classes"] == expected, "the configuration names them"
+    assert load_weights(run_dir).about["classes"] == expected, "the configuration names them"
     config = run_dir / "config.yaml"
     text = config.read_text()
     config.write_text(text.replace(str(shards / "train"), str(shards / "val")))
@@ -283,7 +283,7 @@ def test_a_run_without_classes_takes_them_from_the_shards_it_was_trained_on(
     config.write_text(text.replace(str(shards / "train"), str(tmp_path / "gone")))
     line = refused(capsys, run_dir, "--to", tmp_path / "a.pt")
     assert "holds no classes.json" in line and "Add --data.train DIR" in line
-    assert load_source(run_dir, train=shards / "train").about["classes"] == expected
+    assert load_weights(run_dir, train=shards / "train").about["classes"] == expected
     line = refused(capsys, run_dir, "--to", tmp_path / "a.pt", "--data.train", shards / "val")
     assert "its manifest's SHA-256 is" in line
     assert not (tmp_path / "a.pt").exists()
@@ -369,7 +369,7 @@ def test_the_line_it_prints_says_what_was_written(
 
 
 def test_names_in_any_script_survive(trained: Path, tmp_path: Path) -> None:
-    source = load_source(trained)
+    source = load_weights(trained)
     names = ["Käfer", "雀", 'a"b\\c', "\n"]
     source.about["classes"] = names
     for name in BOTH:
