@@ -1,16 +1,18 @@
-"""An exponential moving average of a model's weights, by torch.optim.swa_utils, that advances with the data.
+"""An exponential moving average of a model's weights that advances with the data.
 
 Its time is data passes, as the learning rate's is: where a gated epoch reads a third of the samples, each of its steps
 stands for three, and the average forgets in it as much as in a full epoch. Per step, it would reach back over three
 times as many passes whenever samples are skipped, into weights that were learned at another learning rate.
+
+The arithmetic is torch.optim.swa_utils', but not its AveragedModel, whose update copies a count to the GPU and waits.
 """
 
+import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-
-Tensors = tuple[Tensor, ...] | list[Tensor]
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 class Average:
@@ -22,24 +24,23 @@ class Average:
 
     Batch statistics are averaged as the weights are, as torchvision's references do: the newest ones belong to newer
     weights than the average's. Each rank averages its own; rank 0's count, so broadcast them before each use.
+
+    module: the averaged model; before the first step, a copy of the model as it was given.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        self.module = copy.deepcopy(model).requires_grad_(False)
         self._model = model
         self._decay = decay
-        self._averaged = AveragedModel(model, multi_avg_fn=self._blend, use_buffers=True).requires_grad_(False)
+        self._updates = 0
         self._seen = 0.0
         self._unread = 0.0
-
-    @property
-    def module(self) -> nn.Module:
-        """The averaged model; before the first step, a copy of the model as it was given."""
-        return self._averaged.module
 
     def advance(self, steps: float) -> None:
         """Count data that passes, trained or skipped. steps: as many as a full epoch takes for it."""
         self._unread += steps
 
+    @torch.no_grad()
     def update(self) -> None:
         """Take the model's weights in, for the data counted since the last time; call it after each optimizer step.
 
@@ -47,20 +48,26 @@ class Average:
         and its data passed nevertheless: they count for the old weights, and the host need not ask a GPU which it was.
         """
         self._seen += self._unread
-        self._averaged.update_parameters(self._model)
+        decay = min(self._decay, (1.0 + self._seen) / (10.0 + self._seen)) ** self._unread if self._updates else 0.0
+        pairs = list(zip(_tensors(self.module), _tensors(self._model), strict=True))
+        floats = [pair for pair in pairs if pair[0].is_floating_point()]
+        get_ema_multi_avg_fn(decay)([old for old, _ in floats], [new for _, new in floats], self._updates)
+        for old, new in pairs:
+            if not old.is_floating_point():  # counts of batches
+                old.copy_(new)
+        self._updates += 1
         self._unread = 0.0
 
     def state_dict(self) -> dict[str, Any]:
         """The averaged model's state and the counts, as tensors and plain values."""
-        counts = {"updates": int(self._averaged.n_averaged), "seen": self._seen, "unread": self._unread}
+        counts = {"updates": self._updates, "seen": self._seen, "unread": self._unread}
         return {"model": self.module.state_dict(), **counts}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         self.module.load_state_dict(state["model"])
-        self._averaged.n_averaged.fill_(state["updates"])
-        self._seen, self._unread = state["seen"], state["unread"]
+        self._updates, self._seen, self._unread = state["updates"], state["seen"], state["unread"]
 
-    def _blend(self, averaged: Tensors, current: Tensors, updates: Tensor | int) -> None:
-        decay = min(self._decay, (1.0 + self._seen) / (10.0 + self._seen)) ** self._unread
-        get_ema_multi_avg_fn(decay)(averaged, current, updates)
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]

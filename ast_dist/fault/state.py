@@ -29,8 +29,7 @@ class Stateful(Protocol):
 class Averaged(Stateful, Protocol):
     """An average of the model's weights, held in a module of its own."""
 
-    @property
-    def module(self) -> nn.Module: ...
+    module: nn.Module
 
 
 @dataclass
