@@ -19,6 +19,8 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "make-shards": ("data_prep.make_shards", "turn images into shards with an index"),
     "check-shards": ("data_prep.check_shards", "verify a set of shards, sample by sample"),
     "compare": ("ast_dist.compare", "train with several policies at equal cost, over seeds"),
+    "export": ("ast_dist.export", "write a run's weights to one file, with labels and preprocessing"),
+    "evaluate": ("ast_dist.evaluate", "measure a run's weights on a split"),
     "doctor": ("ast_dist.doctor", "check what this machine can run"),
 }
 

@@ -61,7 +61,8 @@ class OptimConfig:
     clip_grad_norm: float = 0.0
     """Largest L2 norm of the gradient; 0 does not clip."""
     ema_decay: float = 0.0
-    """Keep an exponential moving average of the weights with this decay a step, evaluated beside them; 0 is off."""
+    """Keep an exponential moving average of the weights, evaluated beside them, with this decay for the data of one
+    step, trained or skipped, and less in the first steps; 0 is off."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optim.lr is {self.lr:g}, but must be above 0.")

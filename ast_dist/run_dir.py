@@ -22,6 +22,7 @@ from ast_dist.track.history import read as read_rows
 from ast_dist.track.progress import read_progress
 
 CONFIG_NAME = "config.yaml"
+CLASSES_NAME = "classes.json"
 _PACKAGES = ("ast-dist", "torch", "torchvision", "numpy", "webdataset", "wandb", "nvidia-dali-cuda130")
 
 
@@ -117,7 +118,7 @@ def rolled_back_epochs(run_dir: Path) -> set[int]:
     return {int(row["epoch"]) for row in rows if row.get("event") == "rollback"}
 
 
-def take(config: Config, manifests: dict[str, str]) -> Lease:
+def take(config: Config, manifests: dict[str, str], classes: list[str]) -> Lease:
     """Become the owner of the run directory, moving an old run aside where asked to, and describe this start there.
 
     Raises UserError when another process owns it, or when it cannot be written.
@@ -133,7 +134,7 @@ def take(config: Config, manifests: dict[str, str]) -> Lease:
             lease.release()
             run_dir.mkdir()
             lease = Lease(run_dir, launch_id())
-        describe(config, manifests)
+        describe(config, manifests, classes)
     except OSError as error:
         raise UserError(f"--run-dir {run_dir}: cannot be written ({error.strerror}). Name another folder.") from None
     return lease
@@ -151,8 +152,11 @@ def archive(run_dir: Path) -> Path:
     return target
 
 
-def describe(config: Config, manifests: dict[str, str]) -> None:
-    """Write config.yaml and env.json for this session, each in one step."""
+def describe(config: Config, manifests: dict[str, str], classes: list[str]) -> None:
+    """Write config.yaml, env.json and classes.json for this session, each in one step.
+
+    classes: names, by class number. They are kept with the run, since the shards may be gone when it is exported.
+    """
     run_dir = Path(config.run_dir)
     changed = _changed_versions(run_dir / "env.json")
     if changed:
@@ -160,6 +164,7 @@ def describe(config: Config, manifests: dict[str, str]) -> None:
         warnings.warn(message, RuntimeWarning, stacklevel=2)
     text = yaml.safe_dump(fingerprint(config, manifests), sort_keys=False, allow_unicode=True)
     _replace(run_dir / CONFIG_NAME, text)
+    _replace(run_dir / CLASSES_NAME, json.dumps(classes, indent=0, ensure_ascii=False) + "\n")
     _replace(run_dir / "env.json", json.dumps(environment(), indent=1) + "\n")
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ast_dist.average import Average
 from ast_dist.config import Config
 from ast_dist.data.batch import Batch, upload
 from ast_dist.data.pixel_kernels import erase
@@ -20,7 +21,7 @@ from ast_dist.micro_batches import micro_batches
 from ast_dist.mixing import Mix, pair
 from ast_dist.model import Normalize, build_optimizer
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TRAINING_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Significance of samples from logits (n, classes) and hard labels (n,).
 Score = Callable[[Tensor, Tensor], Tensor]
 # Votes that the ranks sum at each step, beside the number of active samples.
@@ -64,8 +65,8 @@ class TrainStep:
     A step whose gradient is not finite (NaN or infinite) is skipped: weights, optimizer and batch statistics stay as
     they were before it, on every rank alike, since the gradient is the same on all.
 
-    Attributes: module (the bare model), optimizer, scaler, normalize, flops (of one sample), meters,
-    nonfinite (steps that were not finite since this rank last voted, int64 scalar on the device).
+    Attributes: module (the bare model), optimizer, average (of its weights, or None), scaler, normalize, flops (of one
+    sample), meters, nonfinite (steps that were not finite since this rank last voted, int64 scalar on the device).
     """
 
     def __init__(self, module: nn.Module, config: Config, world: World, score: Score = significance) -> None:
@@ -75,6 +76,7 @@ class TrainStep:
         self.module = module.to(world.device)
         self.normalize = Normalize(config.data, world.device, config.model.channels_last)
         self.optimizer = build_optimizer(self.module, config.optim)
+        self.average = Average(self.module, config.optim.ema_decay) if config.optim.ema_decay else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.loop.precision == "fp16")
         self.meters = Meters.zero(world.device)
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=world.device)
@@ -94,7 +96,7 @@ class TrainStep:
     @property
     def autocast(self) -> torch.autocast:
         """Mixed precision as configured, a context for forward passes."""
-        dtype = _DTYPES[self.config.loop.precision]
+        dtype = TRAINING_DTYPES[self.config.loop.precision]
         return torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def __call__(
@@ -132,7 +134,7 @@ class TrainStep:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         # Autocast would round the same numbers at the first convolution; blends are made in full precision before it.
-        dtype = torch.float32 if mix else _DTYPES[self.config.loop.precision]
+        dtype = torch.float32 if mix else TRAINING_DTYPES[self.config.loop.precision]
         images, other_labels = self._inputs(batch, dtype), batch.labels
         if mix:
             partners = pair(batch.is_active)
@@ -158,6 +160,8 @@ class TrainStep:
         is_finite = self._update(loss_sum)
         with torch.no_grad():
             _put_back(buffers, before, is_finite)
+            if self.average:
+                self.average.update()
             own_logits, own_losses = torch.cat(logits)[: len(images)], torch.cat(losses)[: len(images)]
             labels = other_labels if mix and mix.own_share < 0.5 else batch.labels
             self._measure(own_logits, labels, batch.is_active & is_finite, own_losses)

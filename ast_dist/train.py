@@ -62,7 +62,7 @@ def train_in(
 ) -> None:
     """Take the run directory, and train in it until there is an end."""
     with ExitStack() as stack:
-        lease = world.on_main(lambda: run_folder.take(config, manifests))
+        lease = world.on_main(lambda: run_folder.take(config, manifests, train.manifest["classes"]))
         if lease:
             stack.callback(lease.release)
         restart = world.restart

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from ast_dist import run_dir as run_folder
 from ast_dist.augmenter import Augmenter
@@ -26,7 +27,6 @@ from ast_dist.data.loader import Loader
 from ast_dist.data.order import Orders, Plan, step_ids
 from ast_dist.distributed import LaggedRead, World
 from ast_dist.errors import UserError
-from ast_dist.evaluate import evaluate
 from ast_dist.fault.checkpoint import Checkpoints, checkpoint_name
 from ast_dist.fault.guard import Guard
 from ast_dist.fault.lease import Lease
@@ -40,6 +40,7 @@ from ast_dist.model import build_model, lr_at
 from ast_dist.reports import Reports
 from ast_dist.resources import Resources, open_meter
 from ast_dist.step import VOTE_DAMAGED, VOTE_NONFINITE, VOTE_SAVE, VOTE_STOP, TrainStep
+from ast_dist.validation import evaluate
 
 _STARTED = time.monotonic()
 
@@ -75,6 +76,7 @@ class Trainer:
             self.step, self.policy, self.augment, self.mixer, train.label, world, config.loop.global_batch_size
         )
         self.state.candidates = self.candidates
+        self.state.average = self.step.average
         self.ledger = Ledger()
         self.resources = Resources(self.loader, world, open_meter(world.device))
         self.checkpoints = Checkpoints(
@@ -156,9 +158,12 @@ class Trainer:
         """Whether the newest checkpoint is of the present step: a disk may have refused it."""
         return self.checkpoints.newest == checkpoint_name(self.state.global_step)
 
-    def save(self, val_acc1: float | None = None, *, at_all_costs: bool = False) -> None:
-        """Commit a checkpoint; all ranks must call. val_acc1: percent, where exactly this state was evaluated.
+    def save(
+        self, val_acc1: float | None = None, val_ema_acc1: float | None = None, *, at_all_costs: bool = False
+    ) -> None:
+        """Commit a checkpoint; all ranks must call.
 
+        val_acc1, val_ema_acc1: of the weights and of their average, percent, where exactly this state was evaluated.
         Amid steps that were skipped because they were not finite nothing is saved, unless the run ends here: it would
         be no place to roll back to.
         """
@@ -171,7 +176,7 @@ class Trainer:
         self.state.counts = self.ledger.to_dict()
         self.resources.tally()
         self.state.session = self.reports.session()
-        self.checkpoints.save(self.state, val_acc1)
+        self.checkpoints.save(self.state, val_acc1, val_ema_acc1)
         self._wants_save = False
         self.clock.saved(time.monotonic() - began)
         self.reports.progress(self.checkpoints.newest)
@@ -202,6 +207,9 @@ class Trainer:
         """One step, and its reports."""
         state, config = self.state, self.config
         lr = self._lr(num_steps)
+        if self.step.average:
+            full_steps = -(-state.num_samples // config.loop.global_batch_size)
+            self.step.average.advance(full_steps / num_steps)
         every_s = config.checkpoint.every_s
         save_due = self.world.is_main and every_s > 0 and self.clock.since_save_s() >= every_s
         wishes = {"stop": self.guard.wants_stop, "save": save_due}
@@ -300,17 +308,17 @@ class Trainer:
         self.ledger.full_equivalent = state.num_samples * state.epoch
         scores: dict[str, float] = {}
         if state.epoch % loop.eval_every_epochs == 0 or state.epoch == self.epochs:
-            scores, damaged = evaluate(
-                self.step.module,
-                self.val_loader,
-                self.world,
-                self.step.normalize,
-                loop.global_batch_size,
-                self.step.autocast,
-            )
+            scores, damaged = self._evaluate(self.step.module)
+            if self.step.average:
+                averaged, _ = self._evaluate(self.step.average.module)
+                scores |= {f"val/ema_{name}": averaged[f"val/{name}"] for name in ("acc1", "loss")}
             self.reports.damaged(damaged)
             self.val_damage.judge(damaged)
             state.last_acc1 = scores["val/acc1"]
             state.best_acc1 = max(state.last_acc1, state.best_acc1 or 0.0)
         self.reports.epoch(len(plan.ids), report, scores)
-        self.save(scores.get("val/acc1"), at_all_costs=self._wants_stop)
+        self.save(scores.get("val/acc1"), scores.get("val/ema_acc1"), at_all_costs=self._wants_stop)
+
+    def _evaluate(self, module: nn.Module) -> tuple[dict[str, float], list[str]]:
+        step, batch_size = self.step, self.config.loop.global_batch_size
+        return evaluate(module, self.val_loader, self.world, step.normalize, batch_size, step.autocast)

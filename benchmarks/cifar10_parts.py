@@ -20,10 +20,10 @@ from ast_dist.data.index import Index
 from ast_dist.data.loader import Loader
 from ast_dist.data.order import Plan, epoch_order
 from ast_dist.distributed import World
-from ast_dist.evaluate import evaluate
 from ast_dist.gate.significance import significance
 from ast_dist.model import build_model
 from ast_dist.step import NUM_VOTES, TrainStep
+from ast_dist.validation import evaluate
 from benchmarks.timing import synchronize
 
 _LR = 0.01

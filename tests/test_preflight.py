@@ -125,14 +125,14 @@ class TestRunDirectory:
     @pytest.fixture
     def started(self, config, tmp_path):
         (tmp_path / "run").mkdir()
-        run_dir.describe(config, MANIFESTS)
+        run_dir.describe(config, MANIFESTS, ["cat", "dog"])
         return tmp_path / "run"
 
     def test_a_new_or_empty_directory_and_the_runs_own_pass(self, config, tmp_path):
         run_dir.check(config, MANIFESTS)
         (tmp_path / "run").mkdir()
         run_dir.check(config, MANIFESTS)
-        run_dir.describe(config, MANIFESTS)
+        run_dir.describe(config, MANIFESTS, ["cat", "dog"])
         run_dir.check(config, MANIFESTS)
 
     def test_another_configuration_is_refused_with_each_difference(self, config, started):
@@ -158,7 +158,7 @@ class TestRunDirectory:
         must = replace(config, resume="must")
         assert "holds no run" in complaint(run_dir.check, must, MANIFESTS)
         (tmp_path / "run").mkdir()
-        run_dir.describe(config, MANIFESTS)
+        run_dir.describe(config, MANIFESTS, ["cat", "dog"])
         assert "holds no checkpoint" in complaint(run_dir.check, must, MANIFESTS)
 
     def test_a_folder_of_other_files_and_a_file_are_refused(self, config, tmp_path):

@@ -43,10 +43,11 @@ class Checkpoints:
         self.newest: str | None = None
         self._failures = 0
 
-    def save(self, state: TrainState, val_acc1: float | None = None) -> Path | None:
+    def save(self, state: TrainState, val_acc1: float | None = None, val_ema_acc1: float | None = None) -> Path | None:
         """Commit a checkpoint of this step on all ranks. Returns its path, or None when the disk refused it.
 
-        val_acc1: validation accuracy of exactly these weights, percent; None where they were not evaluated.
+        val_acc1, val_ema_acc1: validation accuracy of exactly these weights and of their average, percent; None where
+        they were not evaluated.
         A failed save warns and training goes on with the previous checkpoint standing; the third failure in a row
         raises RuntimeError. A step that is already committed is not saved again.
         """
@@ -57,11 +58,14 @@ class Checkpoints:
             return final
         # Each rank keeps its own batch statistics between forwards, and the checkpoint holds one copy of each.
         self.world.broadcast_buffers(state.model)
+        if state.average:
+            self.world.broadcast_buffers(state.average.module)
         tensors, plain = split(state.state_dict(self.world.rank))
         try:
             self.world.on_main(lambda: commit.new_stage(self.folder, name))
             self._write(commit.stage_path(self.folder, name), tensors)
-            self.world.on_main(lambda: self._commit(name, plain, state, val_acc1))
+            about = {"step": state.global_step, "val_acc1": val_acc1, "val_ema_acc1": val_ema_acc1}
+            self.world.on_main(lambda: self._commit(name, plain, state, about))
         except (OSError, RuntimeError, ValueError) as error:
             self._refused(name, error)
             return None
@@ -122,11 +126,11 @@ class Checkpoints:
             rank, (first, _) = next(iter(error.failures.items()))
             raise RuntimeError(f"rank {rank}: {first}") from error
 
-    def _commit(self, name: str, plain: dict[str, Any], state: TrainState, val_acc1: float | None) -> None:
+    def _commit(self, name: str, plain: dict[str, Any], state: TrainState, about: dict[str, Any]) -> None:
         stage = commit.stage_path(self.folder, name)
         content = {"state": plain, "session": state.session}
         (stage / _STATE_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        commit.commit(stage, self.folder / name, {"step": state.global_step, "val_acc1": val_acc1})
+        commit.commit(stage, self.folder / name, about)
 
     def _prune(self) -> None:
         """Remove old checkpoints; the new one is committed, so a failure here is no failure of the save."""

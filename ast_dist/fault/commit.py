@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -89,17 +90,22 @@ def committed(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if path.is_dir())
 
 
-def best(folder: Path) -> str | None:
-    """Name of the committed checkpoint with the highest `val_acc1` in its manifest, the newest of equals.
+def best(folder: Path, passed_over: Collection[str] = ()) -> str | None:
+    """Name of the committed checkpoint with the highest accuracy in its manifest, the newest of equals.
 
+    It counts as what its better weights reached: `val_acc1`, or `val_ema_acc1` of their average. passed_over: names
+    that do not count.
     A manifest that cannot be read is passed over: whether a checkpoint is sound is asked when it is loaded.
     """
     scores = {}
     for checkpoint in committed(folder):
+        if checkpoint.name in passed_over:
+            continue
         with contextlib.suppress(OSError, ValueError):
-            score = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8")).get("val_acc1")
-            if score is not None:
-                scores[checkpoint.name] = score
+            manifest = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
+            known = [score for key in ("val_acc1", "val_ema_acc1") if (score := manifest.get(key)) is not None]
+            if known:
+                scores[checkpoint.name] = max(known)
     return max(scores, key=lambda name: (scores[name], name), default=None)
 
 

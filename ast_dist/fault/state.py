@@ -26,15 +26,21 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class Averaged(Stateful, Protocol):
+    """An average of the model's weights, held in a module of its own."""
+
+    module: nn.Module
+
+
 @dataclass
 class TrainState:
     """What a run is at a step boundary.
 
     orders: of the training set. epoch: epochs done. step_in_epoch: steps done of the present epoch's plan.
     global_step: steps done in all. plan: what the present epoch trains, None between epochs. candidates: samples
-    selected and not yet trained, None where none ever wait. counts: the cost ledger's numbers. best_acc1, last_acc1:
-    percent, None before the first evaluation. session: what is about the run's life, not its weights (number of
-    sessions, seconds, length of the metrics file).
+    selected and not yet trained, None where none ever wait. average: of the weights, None where none is kept. counts:
+    the cost ledger's numbers. best_acc1, last_acc1: percent, None before the first evaluation. session: what is about
+    the run's life, not its weights (number of sessions, seconds, length of the metrics file).
     """
 
     model: nn.Module
@@ -47,6 +53,7 @@ class TrainState:
     global_step: int = 0
     plan: Plan | None = None
     candidates: Stateful | None = None
+    average: Averaged | None = None
     counts: dict[str, int] = field(default_factory=dict)
     best_acc1: float | None = None
     last_acc1: float | None = None
@@ -69,6 +76,7 @@ class TrainState:
             rng["cuda"] = torch.cuda.get_rng_state()
         return {
             "model": self.model.state_dict(),
+            "ema": self.average.state_dict() if self.average else {},
             "optimizer": {str(key): value for key, value in self.optimizer.state_dict()["state"].items()},
             "scaler": self.scaler.state_dict(),
             "gate": self.gate.state_dict(),
@@ -81,6 +89,8 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any], rank: int) -> None:
         """Restore what `state_dict` gave, at any world size. A rank that did not exist keeps its random state."""
         self.model.load_state_dict(state["model"])
+        if self.average:
+            self.average.load_state_dict(state["ema"])
         # Learning rate and decay follow from the configuration, so the groups stay as they were built.
         groups = self.optimizer.state_dict()["param_groups"]
         slots = {int(key): value for key, value in state["optimizer"].items()}
