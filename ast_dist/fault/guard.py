@@ -99,6 +99,15 @@ class Guard:
         os._exit(1)
 
 
+def why_stopped(reasons: Sequence[str | None], is_saved: bool) -> str:
+    """Why a run ends with more to do, in one line. reasons: every rank's; a signal to one of them stops all."""
+    signals = [reason for reason in reasons if reason not in (None, DEADLINE)]
+    if signals:
+        return f"{signals[0]}: preempted, {'nothing lost' if is_saved else 'NOT saved, see the warnings'}"
+    kept = "saved, nothing lost" if is_saved else "NOT saved, see the warnings"
+    return f"session deadline: {kept}; run the same command again"
+
+
 def die_with_parent() -> None:
     """Ask the kernel to kill this process when its parent dies: a killed agent would leave orphans that train on."""
     if sys.platform == "linux":

@@ -32,7 +32,9 @@ class RankProcess:
         stat = _stat(os.getpid())
         if stat is None:
             return None
-        machine = f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        machine = (
+            f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {Path('/proc/self/ns/pid').readlink()}"
+        )
         return cls(rank, machine, os.getpid(), stat[_STARTED])
 
     @property

@@ -71,7 +71,7 @@ class Watchdog:
         """Note that `step` steps of the run are done. Costs microseconds."""
         now = time.monotonic()
         # A step that passed its limit and ends all the same was stopped with its process, and says nothing of steps.
-        if self._last_beat is not None and now - self._last_beat <= self.limit_s:
+        if self._last_beat is not None and (self._floor_s == 0 or now - self._last_beat <= self.limit_s):
             self._recent_s.append(now - self._last_beat)
         self._step = step
         self._begin_step()
@@ -80,6 +80,7 @@ class Watchdog:
     def paused(self) -> Iterator[None]:
         """Watch nothing within: an evaluation or a save may take its time. The next step is watched from its end on."""
         self._pauses += 1
+        self._beats += 1
         self._is_watching = False
         self._disarm_backstop()
         try:
@@ -118,7 +119,7 @@ class Watchdog:
                 watched_s, seen = 0.0, self._beats
                 continue
             watched_s += ran_s
-            if watched_s >= self.limit_s and self._is_watching and seen == self._beats:
+            if watched_s >= self.limit_s and seen == self._beats:
                 self._end(now)
 
     def _end(self, now: float) -> None:
