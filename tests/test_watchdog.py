@@ -76,7 +76,7 @@ threading.Event().wait(100)
 """
 
 IN_COLLECTIVE = """
-import os, signal, sys, torch
+import contextlib, os, signal
 from ast_dist.distributed import World
 from ast_dist.fault.guard import die_with_parent
 from ast_dist.fault.processes import RankProcess, peers_of
@@ -85,11 +85,13 @@ die_with_parent()
 world = World.start()
 own = RankProcess.own(world.rank)
 watchdog = Watchdog(0.5, world.rank, peers_of(own, world.gather(own)), has_backstop=True)
-for step in range(1, 1000):
+for step in range(1, 21):
     world.barrier()
     watchdog.beat(step)
-    if step == 20 and world.rank == 1:
-        os.kill(os.getpid(), signal.SIGSTOP)
+if world.rank == 1:
+    os.kill(os.getpid(), signal.SIGSTOP)
+with watchdog.paused() if PAUSED else contextlib.nullcontext():
+    world.barrier()
 """
 
 
@@ -120,9 +122,10 @@ def test_a_pause_ends() -> None:
 
 
 @pytest.mark.faults
-def test_ranks_that_wait_for_a_stopped_one_kill_it_and_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("paused", [False, True], ids=["in_a_step", "in_a_pause"])
+def test_ranks_that_wait_for_a_stopped_one_kill_it_and_end(tmp_path: Path, paused: bool) -> None:
     program = tmp_path / "program.py"
-    program.write_text(IN_COLLECTIVE)
+    program.write_text(IN_COLLECTIVE.replace("PAUSED", str(paused)))
     began = time.monotonic()
     output = finish(start(str(program), world_size=2), expected=1)
     assert "watchdog: rank 0" in output

@@ -24,12 +24,13 @@ _BACKSTOP_DELAY_S = 2.0
 
 
 class Watchdog:
-    """Watches one rank's steps. The main thread says `beat` after each; nothing is watched before the first.
+    """Watches one rank's steps. The main thread says `beat` after each; no step is watched before the first.
 
     floor_s: the least time that a step may take; the limit is that or 10 × the slowest of the last 50 steps, whichever
     is more. 0 watches nothing. rank: for the message. peers: the other ranks' processes on this machine; one that
-    SIGSTOP holds is named and killed. has_backstop: whether faulthandler watches, too. It cannot tell a hung
-    process from one that was stopped and continued (Ctrl-Z, fg), so use it where somebody restarts the process.
+    SIGSTOP has held for longer than the limit is named and killed, whatever this rank is doing. has_backstop: whether
+    faulthandler watches, too. It cannot tell a hung process from one that was stopped and continued (Ctrl-Z, fg), so
+    use it where somebody restarts the process.
 
     When the limit is passed, one line and the stacks of all threads go to stderr, and the process ends with exit code
     1 at once: nothing is saved, since ranks that hang can agree on nothing.
@@ -112,24 +113,29 @@ class Watchdog:
         suspended, the step would not be to blame.
         """
         watched_s, seen, before = 0.0, 0, time.monotonic()
+        stopped_s = [0.0] * len(self._peers)
         while not self._is_closed.wait(self._tick_s):
             now = time.monotonic()
             ran_s, before = min(now - before, 2 * self._tick_s), now
+            # Also in a pause: no evaluation and no save ends that waits for such a peer.
+            stopped_s = [peer.is_stopped * (s + ran_s) for peer, s in zip(self._peers, stopped_s, strict=True)]
+            if max(stopped_s, default=0.0) >= self.limit_s:
+                self._end(f"has waited for a stopped peer for {max(stopped_s):.1f} s, after step {self._step}")
             if not self._is_watching or seen != self._beats:
                 watched_s, seen = 0.0, self._beats
                 continue
             watched_s += ran_s
             if watched_s >= self.limit_s and seen == self._beats:
-                self._end(now)
+                waited_s = now - (self._last_beat or now)
+                self._end(f"is not done with the step after step {self._step} for {waited_s:.1f} s")
 
-    def _end(self, now: float) -> None:
+    def _end(self, why: str) -> None:
         limit_s, slowest_s = self.limit_s, self.slowest_s or 0.0
-        waited_s = now - (self._last_beat or now)
         killed = kill_stopped(self._peers)
         stopped = "".join(f" {peer} was stopped by a signal, and is killed." for peer in killed)
         text = (
-            f"watchdog: rank {self._rank} (process {os.getpid()}) is not done with the step after step {self._step} "
-            f"for {waited_s:.1f} s; the limit is {limit_s:.1f} s, the greater of fault.watchdog_s {self._floor_s:g} s "
+            f"watchdog: rank {self._rank} (process {os.getpid()}) {why}; the limit is {limit_s:.1f} s, the greater of "
+            f"fault.watchdog_s {self._floor_s:g} s "
             f"and {SLOW_FACTOR:g} × the slowest recent step, {slowest_s:.2f} s.{stopped} "
             "The process ends; the stacks of its threads:\n"
         )
