@@ -126,14 +126,13 @@ def test_a_pause_ends() -> None:
 def test_ranks_that_wait_for_a_stopped_one_kill_it_and_end(tmp_path: Path, paused: bool) -> None:
     program = tmp_path / "program.py"
     program.write_text(IN_COLLECTIVE.replace("PAUSED", str(paused)))
-    began = time.monotonic()
     output = finish(start(str(program), world_size=2), expected=1)
     assert "watchdog: rank 0" in output
     assert "after step 20" in output
     assert "rank 1 (process" in output
     assert "was stopped by a signal, and is killed" in output
     assert "in barrier" in output, "the stack shows the collective"
-    assert time.monotonic() - began < 30.0, "torchrun's own way takes 30 s from its SIGTERM to its SIGKILL"
+    assert "forcefully exiting" not in output, "torchrun kills, too, but 30 s after its SIGTERM"
 
 
 def test_before_the_first_step_nothing_is_watched() -> None:

@@ -4,6 +4,7 @@ import os
 import random
 import re
 import signal
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,7 +59,8 @@ def test_a_stopped_rank_is_named_killed_and_restarted_within_the_time_out_and_10
     points = [(share * i + draws.randrange(1, share), draws.randrange(2)) for i in range(STOPS)]
     print(f"seed {SEED}: SIGSTOP at (step, rank) {points}")
     job = start(*words(shards, stopped), world_size=2, max_restarts=STOPS)
-    held = []
+    held: list[int] = []
+    kills_s: list[float] = []
     for number, (step, rank) in enumerate(points):
         wait_for(
             lambda number=number, step=step: len(first_steps(stopped)) == number and steps_done(stopped) >= step,
@@ -67,16 +69,20 @@ def test_a_stopped_rank_is_named_killed_and_restarted_within_the_time_out_and_10
         )
         held.append(workers(job.pid)[rank])
         os.kill(held[-1], signal.SIGSTOP)
+        began = time.monotonic()
+        wait_for(lambda rank=rank: workers(job.pid).get(rank) != held[-1], "the kill", job)
+        kills_s.append(time.monotonic() - began)
     output = finish(job)
 
     assert state_hash(stopped) == state_hash(whole)
     recoveries_s = first_steps(stopped)
     limits_s = [float(text) for text in re.findall(r"the limit is ([\d.]+) s", output)]
-    print(f"limits {limits_s} s, recoveries {recoveries_s} s")
+    print(f"limits {limits_s} s, killed after {[round(s, 1) for s in kills_s]} s, recoveries {recoveries_s} s")
     assert len(recoveries_s) == len(limits_s) == STOPS
     for pid, (_, rank) in zip(held, points, strict=True):
         assert f"rank {rank} (process {pid}) was stopped by a signal, and is killed" in output
     assert output.count("Current thread") == STOPS
+    assert "forcefully exiting" not in output, "torchrun kills, too, but 30 s after its SIGTERM"
     assert "all_reduce" in output, "the stacks show what was waited for"
     assert all(s <= limit_s + RESTART_S for s, limit_s in zip(recoveries_s, limits_s, strict=True))
     assert all(row.get("steps_repeated", 0) <= 7 for row in read_rows(stopped / "sessions.jsonl"))
