@@ -5,7 +5,6 @@ checkpoint. All ranks walk through the same loop and meet in its collectives; ra
 """
 
 import dataclasses
-import os
 import time
 import warnings
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ from ast_dist.fault.deadline import Deadline, session_age_s
 from ast_dist.fault.guard import DEADLINE, Guard, why_stopped
 from ast_dist.fault.lease import Lease
 from ast_dist.fault.nonfinite import NonFiniteSteps
-from ast_dist.fault.processes import RankProcess, peers_of
+from ast_dist.fault.processes import local_peers
 from ast_dist.fault.state import TrainState
 from ast_dist.fault.watchdog import Watchdog
 from ast_dist.gate.cost import Ledger
@@ -87,11 +86,9 @@ class Trainer:
             run_folder.checkpoints_path(Path(config.run_dir)), world, config.checkpoint.keep_last
         )
         self.deadline = Deadline(hours * 3600, session_age_s()) if (hours := config.session.hours) else None
-        own = RankProcess.own(world.rank)
-        peers = peers_of(own, world.gather(own))
+        peers = local_peers(world.rank, world.gather)
         self.guard = Guard(config.checkpoint.grace_s, self.deadline, peers)
-        is_restarted = "TORCHELASTIC_RUN_ID" in os.environ
-        self.watchdog = Watchdog(config.fault.watchdog_s, world.rank, peers, has_backstop=is_restarted)
+        self.watchdog = Watchdog(config.fault.watchdog_s, world.rank, peers)
         # Rank 0's, which alone beats it.
         self.lease: Lease | None = None
         if len(set(decoders := world.gather(self.loader.decoder.name))) > 1:

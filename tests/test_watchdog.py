@@ -79,12 +79,11 @@ IN_COLLECTIVE = """
 import contextlib, os, signal
 from ast_dist.distributed import World
 from ast_dist.fault.guard import die_with_parent
-from ast_dist.fault.processes import RankProcess, peers_of
+from ast_dist.fault.processes import local_peers
 from ast_dist.fault.watchdog import Watchdog
 die_with_parent()
 world = World.start()
-own = RankProcess.own(world.rank)
-watchdog = Watchdog(0.5, world.rank, peers_of(own, world.gather(own)), has_backstop=True)
+watchdog = Watchdog(0.5, world.rank, local_peers(world.rank, world.gather))
 for step in range(1, 21):
     world.barrier()
     watchdog.beat(step)

@@ -4,7 +4,7 @@ import contextlib
 import os
 import signal
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,6 +51,12 @@ class RankProcess:
 
     def __str__(self) -> str:
         return f"rank {self.rank} (process {self.pid})"
+
+
+def local_peers(rank: int, gather: Callable[[RankProcess | None], list[RankProcess | None]]) -> list[RankProcess]:
+    """The other ranks' processes on this machine. All ranks must call; gather: gives every rank's value."""
+    own = RankProcess.own(rank)
+    return peers_of(own, gather(own))
 
 
 def peers_of(own: RankProcess | None, ranks: Iterable[RankProcess | None]) -> list[RankProcess]:

@@ -30,19 +30,19 @@ class Watchdog:
     is more. 0 watches nothing. rank: for the message. peers: the other ranks' processes on this machine; one that
     SIGSTOP has held for longer than the limit is named and killed, whatever this rank is doing. has_backstop: whether
     faulthandler watches, too. It cannot tell a hung process from one that was stopped and continued (Ctrl-Z, fg), so
-    use it where somebody restarts the process.
+    it does where torchrun restarts the process, unless told otherwise.
 
     When the limit is passed, one line and the stacks of all threads go to stderr, and the process ends with exit code
     1 at once: nothing is saved, since ranks that hang can agree on nothing.
     """
 
     def __init__(
-        self, floor_s: float, rank: int = 0, peers: Sequence[RankProcess] = (), *, has_backstop: bool = False
+        self, floor_s: float, rank: int = 0, peers: Sequence[RankProcess] = (), *, has_backstop: bool | None = None
     ) -> None:
         self._floor_s = floor_s
         self._rank = rank
         self._peers = peers
-        self._has_backstop = has_backstop
+        self._has_backstop = "TORCHELASTIC_RUN_ID" in os.environ if has_backstop is None else has_backstop
         self._recent_s: deque[float] = deque(maxlen=_RECENT_STEPS)
         self._step = 0
         self._beats = 0
