@@ -113,14 +113,14 @@ class Watchdog:
         suspended, the step would not be to blame.
         """
         watched_s, seen, before = 0.0, 0, time.monotonic()
-        stopped_s = [0.0] * len(self._peers)
+        stopped_s: dict[RankProcess, float] = {}
         while not self._is_closed.wait(self._tick_s):
             now = time.monotonic()
             ran_s, before = min(now - before, 2 * self._tick_s), now
             # Also in a pause: no evaluation and no save ends that waits for such a peer.
-            stopped_s = [peer.is_stopped * (s + ran_s) for peer, s in zip(self._peers, stopped_s, strict=True)]
-            if max(stopped_s, default=0.0) >= self.limit_s:
-                self._end(f"has waited for a stopped peer for {max(stopped_s):.1f} s, after step {self._step}")
+            stopped_s = {p: stopped_s[p] + ran_s if p in stopped_s else 0.0 for p in self._peers if p.is_stopped}
+            if (longest_s := max(stopped_s.values(), default=0.0)) >= self.limit_s:
+                self._end(f"has waited for a stopped peer for {longest_s:.1f} s, after step {self._step}")
             if not self._is_watching or seen != self._beats:
                 watched_s, seen = 0.0, self._beats
                 continue
