@@ -90,8 +90,7 @@ def attempt(config: Config, world: World, train: Index, val: Index, num_classes:
             trainer.reports.progress(trainer.checkpoints.newest)
             ended = trainer.run()
             if ended == "paused":
-                kept = "saved, nothing lost" if trainer.is_saved else "NOT saved, see the warnings"
-                message = f"{trainer.guard.reason or 'a peer asked to stop'}: {kept}"
+                message = trainer.why_paused()
             while ended == "finished" and not trainer.is_saved:
                 trainer.save(at_all_costs=True)  # raises when the disk has refused three times in a row
             outcome = ended
@@ -109,6 +108,8 @@ def attempt(config: Config, world: World, train: Index, val: Index, num_classes:
             if trainer.reports.tracker:
                 # Somebody who asked to stop is waiting: the last picture is not worth the grace.
                 timeout_s = 30.0 if outcome == "finished" else 5.0
+                if trainer.deadline:
+                    timeout_s = min(timeout_s, max(1.0, trainer.deadline.left_s))
                 trainer.reports.tracker.close(outcome, message, timeout_s, needs_person=needs_person)
 
 

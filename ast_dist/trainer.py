@@ -9,13 +9,14 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from ast_dist import run_dir as run_folder
 from ast_dist.augmenter import Augmenter
+from ast_dist.ballot import Ballot, StopAskedError
 from ast_dist.candidates import Candidates
 from ast_dist.clock import Clock
 from ast_dist.config import Config
@@ -28,10 +29,13 @@ from ast_dist.data.order import Orders, Plan, step_ids
 from ast_dist.distributed import LaggedRead, World
 from ast_dist.errors import UserError
 from ast_dist.fault.checkpoint import Checkpoints, checkpoint_name
-from ast_dist.fault.guard import Guard
+from ast_dist.fault.deadline import Deadline, session_age_s
+from ast_dist.fault.guard import DEADLINE, Guard, why_stopped
 from ast_dist.fault.lease import Lease
 from ast_dist.fault.nonfinite import NonFiniteSteps
+from ast_dist.fault.processes import local_peers
 from ast_dist.fault.state import TrainState
+from ast_dist.fault.watchdog import Watchdog
 from ast_dist.gate.cost import Ledger
 from ast_dist.gate.policy import Policy, PolicySetup, RememberingPolicy, checked_plan
 from ast_dist.gate.registry import make_policy
@@ -42,7 +46,8 @@ from ast_dist.resources import Resources, open_meter
 from ast_dist.step import VOTE_DAMAGED, VOTE_NONFINITE, VOTE_SAVE, VOTE_STOP, TrainStep
 from ast_dist.validation import evaluate
 
-_STARTED = time.monotonic()
+# Added to the name of a checkpoint that follows another one of the same step, which was saved before its evaluation.
+_EVALUATED = "-evaluated"
 
 
 class Trainer:
@@ -82,8 +87,10 @@ class Trainer:
         self.checkpoints = Checkpoints(
             run_folder.checkpoints_path(Path(config.run_dir)), world, config.checkpoint.keep_last
         )
-        deadline = _STARTED + config.session.hours * 3600 if config.session.hours else None
-        self.guard = Guard(config.checkpoint.grace_s, deadline)
+        self.deadline = Deadline(hours * 3600, session_age_s()) if (hours := config.session.hours) else None
+        peers = local_peers(world.rank, world.gather)
+        self.guard = Guard(config.checkpoint.grace_s, self.deadline, peers)
+        self.watchdog = Watchdog(config.fault.watchdog_s, world.rank, peers)
         # Rank 0's, which alone beats it.
         self.lease: Lease | None = None
         if len(set(decoders := world.gather(self.loader.decoder.name))) > 1:
@@ -99,6 +106,9 @@ class Trainer:
         # Set by what the ranks agreed on, and so the same on all of them.
         self._wants_stop = False
         self._wants_save = False
+        # What the report of an epoch needs whose evaluation a stop cut short; it is kept with the checkpoint.
+        self._unevaluated: dict[str, Any] = {}
+        self._evaluated_late_at: int | None = None
         self.clock = Clock()
         self.reports = Reports(
             config,
@@ -114,15 +124,20 @@ class Trainer:
 
     def run(self) -> Literal["finished", "paused"]:
         """Train until all epochs are done or someone asks to stop. Returns the run's state: finished or paused."""
-        state, epochs = self.state, self.epochs
-        while state.epoch < epochs:
+        try:
+            self._go_on()
+        finally:
+            self.watchdog.close()
+        return "paused" if self._unevaluated or self.state.epoch < self.epochs else "finished"
+
+    def _go_on(self) -> None:
+        state = self.state
+        if self._unevaluated and not self._finish_epoch(**self._unevaluated):
+            return
+        while state.epoch < self.epochs:
             if state.plan is None:
-                state.plan = checked_plan(self.policy, state.epoch, state.orders.of(state.epoch))
-                if len(set(self.world.gather(state.plan.id))) > 1:
-                    raise UserError(
-                        f"gate.policy is {self.config.gate.policy}, whose plans of epoch {state.epoch} differ between "
-                        "processes: derive them from seed, epoch and memory, never from the rank or a global generator."
-                    )
+                with self.watchdog.paused():
+                    state.plan = self._plan()
             num_steps = state.plan.num_steps(self.config.loop.global_batch_size)
             for batch in self.clock.waiting(self._batches(state.plan)):
                 self._train(batch, num_steps)
@@ -131,11 +146,15 @@ class Trainer:
                 if self._wants_save or self._wants_stop or self._is_save_step():
                     self.save(at_all_costs=self._wants_stop)
                 if self._wants_stop:
-                    return "paused"
-            self._end_epoch(state.plan)
-            if self._wants_stop and state.epoch < epochs:
-                return "paused"
-        return "finished"
+                    return
+            with self.watchdog.paused():
+                goes_on = self._end_epoch(state.plan)
+            if not goes_on:
+                return
+
+    def why_paused(self) -> str:
+        """Why the run ends with more to do, in one line, by whichever rank was told. All ranks must call."""
+        return why_stopped(self.world.gather(self.guard.reason), self.is_saved)
 
     def own(self, lease: Lease, checkpoint: str | None) -> None:
         """Begin to report in the run directory; rank 0 calls it once the state is the one to go on from."""
@@ -151,12 +170,20 @@ class Trainer:
         self.ledger.load(self.state.counts)
         self._read_candidates()
         self.resources.load(self.state.session.get("resources", {}))
+        self._unevaluated = self.state.session.get("unevaluated", {})
+        if checkpoint.name.endswith(_EVALUATED):
+            self._evaluated_late_at = self.state.global_step
         return checkpoint.name
 
     @property
     def is_saved(self) -> bool:
         """Whether the newest checkpoint is of the present step: a disk may have refused it."""
-        return self.checkpoints.newest == checkpoint_name(self.state.global_step)
+        return self.checkpoints.newest == self._checkpoint_name
+
+    @property
+    def _checkpoint_name(self) -> str:
+        step = self.state.global_step
+        return checkpoint_name(step) + (_EVALUATED if step == self._evaluated_late_at else "")
 
     def save(
         self, val_acc1: float | None = None, val_ema_acc1: float | None = None, *, at_all_costs: bool = False
@@ -168,18 +195,25 @@ class Trainer:
         be no place to roll back to.
         """
         began = time.monotonic()
-        self._settle()
-        is_finite = self.nonfinite.in_row == 0 and self.world.sum(self.step.nonfinite.clone()).item() == 0
-        if not is_finite and not at_all_costs:
-            return
+        with self.watchdog.paused():
+            self._settle()
+            is_finite = self.nonfinite.in_row == 0 and self.world.sum(self.step.nonfinite.clone()).item() == 0
+            if not is_finite and not at_all_costs:
+                return
+            self._save(val_acc1, val_ema_acc1)
+        self._wants_save = False
+        stall_s = time.monotonic() - began
+        self.clock.saved(stall_s)
+        if self.deadline:
+            self.deadline.saw_save(stall_s)
+        self.reports.progress(self.checkpoints.newest)
+
+    def _save(self, val_acc1: float | None, val_ema_acc1: float | None) -> None:
         self.policy.merge(self.state.epoch)
         self.state.counts = self.ledger.to_dict()
         self.resources.tally()
-        self.state.session = self.reports.session()
-        self.checkpoints.save(self.state, val_acc1, val_ema_acc1)
-        self._wants_save = False
-        self.clock.saved(time.monotonic() - began)
-        self.reports.progress(self.checkpoints.newest)
+        self.state.session = {**self.reports.session(), "unevaluated": self._unevaluated}
+        self.checkpoints.save(self.state, val_acc1, val_ema_acc1, self._checkpoint_name)
 
     def close(self) -> None:
         """Stop threads and give the signals back."""
@@ -188,6 +222,17 @@ class Trainer:
         self.loader.close()
         self.val_loader.close()
         self.resources.close()
+
+    def _plan(self) -> Plan:
+        """The present epoch's plan, which must be the same on all ranks."""
+        state = self.state
+        plan = checked_plan(self.policy, state.epoch, state.orders.of(state.epoch))
+        if len(set(self.world.gather(plan.id))) > 1:
+            raise UserError(
+                f"gate.policy is {self.config.gate.policy}, whose plans of epoch {state.epoch} differ between "
+                "processes: derive them from seed, epoch and memory, never from the rank or a global generator."
+            )
+        return plan
 
     def _read_candidates(self) -> None:
         """Read what waited to be trained when the checkpoint was taken; its pixels follow from seed, epoch and id."""
@@ -231,6 +276,9 @@ class Trainer:
         self._count(trained, scored)
         if self.lease:
             self.lease.beat(state.global_step)
+        self.watchdog.beat(state.global_step)
+        if self.deadline:
+            self.deadline.saw_steps(self.watchdog.slowest_s)
         self.damage.note(host_batch.damaged)
         self._agree(votes_before)
         self.clock.step_done(host_batch.planned, trained + self.policy.setup.scoring_cost * scored)
@@ -289,8 +337,8 @@ class Trainer:
             self.ledger.backwarded -= damaged
         self.reports.damaged(self.damage.agree(damaged))
 
-    def _end_epoch(self, plan: Plan) -> None:
-        """Share what was remembered, evaluate, report, save."""
+    def _end_epoch(self, plan: Plan) -> bool:
+        """Share what was remembered, evaluate, report, save. Returns whether to go on."""
         state, loop = self.state, self.config.loop
         self._settle()
         lr = self._lr(plan.num_steps(loop.global_batch_size))
@@ -306,19 +354,53 @@ class Trainer:
         state.step_in_epoch = 0
         state.plan = None
         self.ledger.full_equivalent = state.num_samples * state.epoch
-        scores: dict[str, float] = {}
-        if state.epoch % loop.eval_every_epochs == 0 or state.epoch == self.epochs:
-            scores, damaged = self._evaluate(self.step.module)
-            if self.step.average:
-                averaged, _ = self._evaluate(self.step.average.module)
-                scores |= {f"val/ema_{name}": averaged[f"val/{name}"] for name in ("acc1", "loss")}
-            self.reports.damaged(damaged)
-            self.val_damage.judge(damaged)
-            state.last_acc1 = scores["val/acc1"]
-            state.best_acc1 = max(state.last_acc1, state.best_acc1 or 0.0)
-        self.reports.epoch(len(plan.ids), report, scores)
-        self.save(scores.get("val/acc1"), scores.get("val/ema_acc1"), at_all_costs=self._wants_stop)
+        return self._finish_epoch(len(plan.ids), report)
 
-    def _evaluate(self, module: nn.Module) -> tuple[dict[str, float], list[str]]:
+    def _finish_epoch(self, planned: int, trained: dict[str, float]) -> bool:
+        """Evaluate, report and save an epoch that is trained. Returns whether to go on. Arguments: as for its report.
+
+        Where the ranks agree to stop, the weights are saved without waiting for the evaluation's end, which may take
+        longer than the grace: it is done when the run goes on.
+        """
+        state = self.state
+        is_late, self._unevaluated = bool(self._unevaluated), {}
+        scores: dict[str, float] = {}
+        ballot = Ballot(self.world, lambda: self._must_leave(is_late))
+        if state.epoch % self.config.loop.eval_every_epochs == 0 or state.epoch == self.epochs:
+            try:
+                scores = self._evaluate(ballot)
+            except StopAskedError:
+                self._wants_stop = True
+                # Plain numbers: a policy of the user's own may have reported others.
+                plain = {key: float(value) for key, value in trained.items()}
+                self._unevaluated = {"planned": planned, "trained": plain}
+                self.save(at_all_costs=True)
+                return False
+        if is_late:
+            self._evaluated_late_at = state.global_step
+        self.reports.epoch(planned, trained, scores)
+        self.save(scores.get("val/acc1"), scores.get("val/ema_acc1"), at_all_costs=self._wants_stop)
+        self._wants_stop |= ballot.result()
+        return not self._wants_stop
+
+    def _must_leave(self, is_late: bool) -> bool:
+        """Whether this rank must leave an evaluation. A deadline that is near puts none off twice."""
+        return self.guard.wants_stop and not (is_late and self.guard.reason == DEADLINE)
+
+    def _evaluate(self, ballot: Ballot) -> dict[str, float]:
+        """The epoch's scores, which the state takes in. Raises StopAskedError on all ranks when one wants to stop."""
+        if self._wants_stop:
+            raise StopAskedError
+        scores, damaged = self._evaluate_module(self.step.module, ballot)
+        if self.step.average:
+            averaged, _ = self._evaluate_module(self.step.average.module, ballot)
+            scores |= {f"val/ema_{name}": averaged[f"val/{name}"] for name in ("acc1", "loss")}
+        self.reports.damaged(damaged)
+        self.val_damage.judge(damaged)
+        self.state.last_acc1 = scores["val/acc1"]
+        self.state.best_acc1 = max(self.state.last_acc1, self.state.best_acc1 or 0.0)
+        return scores
+
+    def _evaluate_module(self, module: nn.Module, ballot: Ballot) -> tuple[dict[str, float], list[str]]:
         step, batch_size = self.step, self.config.loop.global_batch_size
-        return evaluate(module, self.val_loader, self.world, step.normalize, batch_size, step.autocast)
+        return evaluate(module, self.val_loader, self.world, step.normalize, batch_size, step.autocast, ballot)

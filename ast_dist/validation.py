@@ -1,5 +1,7 @@
 """Global top-1, top-5 and loss on the validation split."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -17,10 +19,12 @@ def evaluate(
     normalize: Normalize,
     global_batch_size: int,
     autocast: torch.autocast,
+    each_batch: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, float], list[str]]:
     """Evaluate on every sample of the split, each on one rank.
 
-    model: the bare module (not the DDP wrapper: ranks may have different numbers of batches). All ranks must call.
+    model: the bare module, not the DDP wrapper. each_batch: called before every batch, as often on every rank; what it
+    raises ends the evaluation. All ranks must call.
     Returns the scores and the damaged samples, the same on every rank: val/acc1 and val/acc5 (percent), val/loss (mean
     cross-entropy, nats) and val/samples_damaged; acc5 is counted among min(5, classes). Damaged samples are left out
     of the first three, and named in the list.
@@ -31,18 +35,21 @@ def evaluate(
     correct = torch.zeros(3, dtype=torch.int64, device=world.device)
     loss_sum = torch.zeros((), dtype=torch.float64, device=world.device)
     damaged: list[str] = []
-    for host_batch in loader.val_batches(global_batch_size):
-        damaged += host_batch.damaged
-        batch = host_batch.to(world.device)
-        with autocast:
-            logits = model(normalize(batch.images))
-        logits = logits.float()
-        losses = F.cross_entropy(logits, batch.labels, reduction="none")
-        top = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
-        active = batch.is_active
-        correct += torch.stack([(top[:, 0] & active).sum(), (top.any(dim=1) & active).sum(), active.sum()])
-        loss_sum += torch.where(active, losses, 0.0).sum(dtype=torch.float64)
-    model.train(was_training)
+    try:
+        for host_batch in loader.val_batches(global_batch_size):
+            each_batch()
+            damaged += host_batch.damaged
+            batch = host_batch.to(world.device)
+            with autocast:
+                logits = model(normalize(batch.images))
+            logits = logits.float()
+            losses = F.cross_entropy(logits, batch.labels, reduction="none")
+            top = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]
+            active = batch.is_active
+            correct += torch.stack([(top[:, 0] & active).sum(), (top.any(dim=1) & active).sum(), active.sum()])
+            loss_sum += torch.where(active, losses, 0.0).sum(dtype=torch.float64)
+    finally:
+        model.train(was_training)
     top1, top5, count = world.sum(correct).tolist()
     mean_loss = world.sum(loss_sum).item() / max(count, 1)
     all_damaged = sorted(text for texts in world.gather(damaged) for text in texts)

@@ -156,7 +156,7 @@ def test_ctrl_c_and_sigterm_let_the_training_save_and_exit_with_130(
         thread.join()
     assert "0 of 4 runs are finished. The same command goes on." in capsys.readouterr().out
     assert progress(first)["state"] == "paused"
-    assert "saved, nothing lost" in progress(first)["message"]
+    assert "preempted, nothing lost" in progress(first)["message"]
     assert not lease_is_held(first)
 
 
@@ -180,7 +180,9 @@ def test_a_training_that_was_told_to_stop_pauses_the_comparison(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_command(main, argv(shards, tmp_path / "out", "--session.hours", "1e-9")) == 0
-    assert f"{RUNS[0]} is paused (deadline: saved, nothing lost). The same command goes on." in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"{RUNS[0]} is paused (session deadline: saved, nothing lost" in told
+    assert "The same command goes on." in told
 
 
 def names_of(out: Path, *arguments: str) -> list[str]:

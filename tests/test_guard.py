@@ -2,23 +2,36 @@
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from ast_dist.fault.deadline import Deadline
 from ast_dist.fault.guard import Guard
-from tests.launching import PATIENCE_S, finish, start
+from tests.launching import PATIENCE_S, environment, finish, start
 
 # Blocks in C until killed: unlike a sleep, a mutex is not interrupted by signals.
 STUCK = """
 import ctypes, os, sys
+from ast_dist.fault.deadline import Deadline
 from ast_dist.fault.guard import Guard
 guard = Guard(grace_s=0.3)
 mutex, libc = ctypes.create_string_buffer(128), ctypes.CDLL(None)
 libc.pthread_mutex_lock(mutex)
 print("stuck", flush=True)
 libc.pthread_mutex_lock(mutex)
+"""
+
+OWN_LIKE = """
+import dataclasses
+from pathlib import Path
+from ast_dist.fault.processes import RankProcess
+def own_like(pid):
+    started = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    return dataclasses.replace(RankProcess.own(7), pid=pid, started=started)
 """
 
 FAMILY = """
@@ -49,11 +62,11 @@ def test_closing_gives_the_signals_back() -> None:
 
 
 def test_the_deadline_is_a_wish_to_stop() -> None:
-    guard = Guard(grace_s=60, deadline=time.monotonic() - 1)
+    guard = Guard(grace_s=60, deadline=Deadline(session_s=3600, age_s=3600))
     assert guard.wants_stop
     assert guard.reason == "deadline"
     guard.close()
-    later = Guard(grace_s=60, deadline=time.monotonic() + 3600)
+    later = Guard(grace_s=60, deadline=Deadline(session_s=3600))
     assert not later.wants_stop
     later.close()
 
@@ -64,6 +77,40 @@ def test_a_process_stuck_in_c_ends_after_the_grace() -> None:
     assert process.stdout.readline() == "stuck\n"
     process.send_signal(signal.SIGTERM)
     assert "not saved within the grace of 0.3 s" in finish(process, expected=1)
+
+
+@pytest.mark.parametrize("fate", ["ended", "stopped"])
+def test_a_process_stuck_in_c_waits_no_grace_for_a_peer_that_is_gone_and_kills_a_stopped_one(fate: str) -> None:
+    peer = subprocess.Popen(["sleep", "1000"])
+    program = STUCK.replace(
+        "Guard(grace_s=0.3)", f"Guard(grace_s={600 if fate == 'ended' else 0.5}, peers=[peer])"
+    ).replace("guard = ", "peer = own_like(int(sys.argv[1]))\nguard = ")
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWN_LIKE + program, str(peer.pid)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "stuck\n"
+        if fate == "ended":
+            peer.kill()
+            peer.wait()
+        else:
+            peer.send_signal(signal.SIGSTOP)
+        process.send_signal(signal.SIGTERM)
+        output = finish(process, expected=1)
+        if fate == "ended":
+            assert f"rank 7 (process {peer.pid}) is gone" in output
+        else:
+            assert f"rank 7 (process {peer.pid}) was stopped by a signal, and is killed" in output
+            assert peer.wait(timeout=PATIENCE_S) == -signal.SIGKILL
+    finally:
+        process.kill()
+        peer.kill()
+        peer.wait()
 
 
 def test_a_worker_dies_with_its_parent() -> None:

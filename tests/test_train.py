@@ -187,7 +187,7 @@ def test_sigterm_saves_the_step_it_came_in_and_the_run_goes_on_exactly(
         is_over.set()
         thread.join()
     assert progress(run_dir)["state"] == "paused"
-    assert "SIGTERM: saved, nothing lost" in progress(run_dir)["message"]
+    assert "SIGTERM: preempted, nothing lost" in progress(run_dir)["message"]
     assert progress(run_dir)["step"] == steps_done(run_dir)
     assert 3 <= progress(run_dir)["step"] < 18
     assert run_command(main, argv) == 0

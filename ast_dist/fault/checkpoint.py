@@ -43,15 +43,21 @@ class Checkpoints:
         self.newest: str | None = None
         self._failures = 0
 
-    def save(self, state: TrainState, val_acc1: float | None = None, val_ema_acc1: float | None = None) -> Path | None:
+    def save(
+        self,
+        state: TrainState,
+        val_acc1: float | None = None,
+        val_ema_acc1: float | None = None,
+        name: str | None = None,
+    ) -> Path | None:
         """Commit a checkpoint of this step on all ranks. Returns its path, or None when the disk refused it.
 
         val_acc1, val_ema_acc1: validation accuracy of exactly these weights and of their average, percent; None where
-        they were not evaluated.
+        they were not evaluated. name: of the checkpoint's folder, checkpoint_name of the step unless given.
         A failed save warns and training goes on with the previous checkpoint standing; the third failure in a row
         raises RuntimeError. A step that is already committed is not saved again.
         """
-        name = checkpoint_name(state.global_step)
+        name = name or checkpoint_name(state.global_step)
         final = self.folder / name
         if self.world.broadcast(final.exists()):
             self.newest = name

@@ -8,27 +8,38 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from types import FrameType
 
+from ast_dist.fault.deadline import Deadline
+from ast_dist.fault.processes import RankProcess, kill_stopped
+
+DEADLINE = "deadline"
 _PR_SET_PDEATHSIG = 1
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _SECOND_CTRL_C_S = 1.0
+_LOOK_S = 0.2
+_BEREAVED_GRACE_S = 3.0
 
 
 class Guard:
     """Turns signals and the deadline into a wish to stop that the loop reads at step boundaries.
 
-    grace_s: seconds from the first signal until the process ends by itself, saved or not. deadline: time.monotonic()
-    at which the session should end, or None.
+    grace_s: seconds from the first signal until the process ends by itself, saved or not. deadline: of the session,
+    or None. peers: the other ranks' processes on this machine. When one of them is gone, a signal's grace is 3 s at
+    most: ranks cannot agree on a save any more, and torchrun, which sent the signal because of that, waits.
 
     A Python signal handler does not run while the main thread waits in C++ (a collective whose peer is gone), so the
     grace is kept by a thread that the wake-up descriptor reaches. Create it in the main thread.
+
+    Attributes: reason ("SIGTERM", "SIGUSR1", "SIGINT", "deadline", or None while there is none).
     """
 
-    def __init__(self, grace_s: float, deadline: float | None = None) -> None:
+    def __init__(self, grace_s: float, deadline: Deadline | None = None, peers: Sequence[RankProcess] = ()) -> None:
         self.reason: str | None = None
         self._grace_s = grace_s
         self._deadline = deadline
+        self._peers = peers
         self._first_signal_at: float | None = None
         self._is_closed = threading.Event()
         self._read_end, self._write_end = socket.socketpair()
@@ -41,8 +52,8 @@ class Guard:
     @property
     def wants_stop(self) -> bool:
         """Whether this rank has a reason to stop; the ranks agree on it in the step's all-reduce."""
-        if self.reason is None and self._deadline is not None and time.monotonic() >= self._deadline:
-            self.reason = "deadline"
+        if self.reason is None and self._deadline is not None and self._deadline.is_reached:
+            self.reason = DEADLINE
         return self.reason is not None
 
     def close(self) -> None:
@@ -71,9 +82,30 @@ class Guard:
                     break
             else:
                 return
-        if not self._is_closed.wait(self._grace_s):
-            print(f"not saved within the grace of {self._grace_s:g} s: ending without", file=sys.stderr, flush=True)
-            os._exit(1)
+        now = time.monotonic()
+        ends_at, lost = now + self._grace_s, ""
+        while not self._is_closed.wait(min(_LOOK_S, max(0.0, ends_at - now))):
+            now = time.monotonic()
+            if not lost and (gone := [peer for peer in self._peers if peer.is_gone]):
+                ends_at = min(ends_at, now + _BEREAVED_GRACE_S)
+                lost = f": {gone[0]} is gone"
+            if now >= ends_at:
+                self._end(lost)
+
+    def _end(self, lost: str) -> None:
+        stopped = "".join(f"; {peer} was stopped by a signal, and is killed" for peer in kill_stopped(self._peers))
+        within = f"within the grace of {self._grace_s:g} s"
+        print(f"not saved {within}{lost}{stopped}; ending without", file=sys.stderr, flush=True)
+        os._exit(1)
+
+
+def why_stopped(reasons: Sequence[str | None], is_saved: bool) -> str:
+    """Why a run ends with more to do, in one line. reasons: every rank's; a signal to one of them stops all."""
+    signals = [reason for reason in reasons if reason not in (None, DEADLINE)]
+    if signals:
+        return f"{signals[0]}: preempted, {'nothing lost' if is_saved else 'NOT saved, see the warnings'}"
+    kept = "saved, nothing lost" if is_saved else "NOT saved, see the warnings"
+    return f"session deadline: {kept}; run the same command again"
 
 
 def die_with_parent() -> None:
