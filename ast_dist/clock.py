@@ -35,8 +35,7 @@ class Clock:
 
     def __init__(self) -> None:
         self._process, self._epoch, self._interval = Span(), Span(), Span()
-        self._last_save = self._process.began
-        self._stall_s: float | None = None
+        self._saves: dict[str, float] = {}
 
     @property
     def is_first_step(self) -> bool:
@@ -62,13 +61,14 @@ class Clock:
             span.cost += samples if cost is None else cost
 
     def saved(self, stall_s: float) -> None:
-        """Note a checkpoint and for how long it held up the training."""
-        self._last_save = time.monotonic()
-        self._stall_s = stall_s
+        """Note for how long a save held up the training's host."""
+        self._saves["perf/ckpt_stall_ms"] = 1000 * stall_s
 
-    def since_save_s(self) -> float:
-        """Seconds since the last checkpoint, or since the start."""
-        return time.monotonic() - self._last_save
+    def save_ended(self, save_s: float, copy_s: float) -> None:
+        """Note how long a save took until it was committed, and for how long its copies held up the GPU."""
+        self._saves["perf/ckpt_save_s"] = save_s
+        if copy_s:
+            self._saves["perf/ckpt_copy_ms"] = 1000 * copy_s
 
     def seconds_per_sample(self) -> float:
         """Wall-clock seconds per trained sample in this process, evaluation and saves included.
@@ -81,9 +81,8 @@ class Clock:
         """The perf keys since the last call or the epoch's start."""
         span, self._interval = self._interval, Span()
         row = {**span.row(), "perf/step_ms": 1000 * span.elapsed_s / max(span.steps, 1)}
-        if self._stall_s is not None:
-            row["perf/ckpt_stall_ms"] = 1000 * self._stall_s
-            self._stall_s = None
+        row |= self._saves
+        self._saves = {}
         return row
 
     def epoch_trained(self) -> dict[str, float]:

@@ -108,10 +108,22 @@ class World:
         dist.all_reduce(carried)
         return values if carried is values else values.copy_(carried)
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value of a picklable object, on every rank."""
+    def new_group(self) -> "dist.ProcessGroup":
+        """A group of all ranks over gloo, for a thread beside the training to use alone. All ranks must call."""
+        group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        assert isinstance(group, dist.ProcessGroup), "all ranks are in it"
+        return group
+
+    def leave(self, group: "dist.ProcessGroup") -> None:
+        """Leave a group that `new_group` made, once all ranks are here."""
+        kept = _settle_threads(group)
+        dist.destroy_process_group(group)
+        del kept
+
+    def broadcast(self, value: Any, group: "dist.ProcessGroup | None" = None) -> Any:
+        """Rank 0's value of a picklable object, on every rank. group: one of `new_group`'s, where it is not ours."""
         box = [value]
-        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(box, src=0, group=group, device=torch.device("cpu"))
         return box[0]
 
     def on_main(self, action: Callable[[], _Result]) -> _Result | None:
@@ -133,10 +145,10 @@ class World:
             raise UserError(text) if is_users else RuntimeError(f"rank 0: {text}")
         return result
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value of a picklable object, in order of rank, on every rank."""
+    def gather(self, value: Any, group: "dist.ProcessGroup | None" = None) -> list[Any]:
+        """Every rank's value of a picklable object, in order of rank, on every rank. group: as in `broadcast`."""
         boxes: list[Any] = [None] * self.size
-        dist.all_gather_object(boxes, value)
+        dist.all_gather_object(boxes, value, group=group)
         return boxes
 
     def gather_rows(self, ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,18 +217,26 @@ class World:
         """Leave the process group, once all ranks are here."""
         # A DDP module that waits for the garbage collector keeps the group, whose threads then outlive the interpreter.
         gc.collect()
-        # Gloo's threads hold on to the last tensors they worked on. Some versions free them while the group is
-        # destroyed, which deadlocks where Python owns a tensor (seen with 2.7 in 2 of 3 runs of 4 ranks). Their last
-        # work is therefore on a tensor that outlives the group.
-        kept = torch.zeros(1, dtype=torch.int64)
-        for _ in range(_GLOO_THREADS):
-            self.sum(kept)
+        kept = _settle_threads(None)
         dist.destroy_process_group()
+        del kept
 
     def abandon(self) -> None:
         """Leave without the others, after an error: they see the connection close when this process ends."""
         if self.size == 1:
             self.close()
+
+
+def _settle_threads(group: "dist.ProcessGroup | None") -> Tensor:
+    """Give a group's threads work on a tensor that must outlive the group.
+
+    Gloo's threads hold on to the last tensors they worked on. Some versions free them while the group is destroyed,
+    which deadlocks where Python owns a tensor (seen with 2.7 in 2 of 3 runs of 4 ranks).
+    """
+    kept = torch.zeros(1, dtype=torch.int64)
+    for _ in range(_GLOO_THREADS):
+        dist.all_reduce(kept, group=group)
+    return kept
 
 
 def _join(backend: str, restart: int) -> None:

@@ -89,28 +89,33 @@ def attempt(config: Config, world: World, train: Index, val: Index, num_classes:
         try:
             trainer.reports.progress(trainer.checkpoints.newest)
             ended = trainer.run()
+            trainer.saves.wait(trainer.state.epoch)
             if ended == "paused":
                 message = trainer.why_paused()
             while ended == "finished" and not trainer.is_saved:
-                trainer.save(at_all_costs=True)  # raises when the disk has refused three times in a row
+                trainer.save(at_all_costs=True)
+                trainer.saves.wait(trainer.state.epoch)  # raises when the disk has refused three times in a row
             outcome = ended
         except RollBack as error:
             message = str(error)
             if trainer.reports.tracker:
                 trainer.reports.tracker.rolled_back(trainer.state.epoch, trainer.state.global_step)
+            trainer.saves.leave()
             raise
         except BaseException as error:
             needs_person = isinstance(error, UserError)
             message = str(error) if needs_person else f"{type(error).__name__}: {error}".splitlines()[0][:300]
             raise
         finally:
-            trainer.reports.progress(trainer.checkpoints.newest)
+            trainer.checkpoints.abandon()
+            trainer.reports.progress(trainer.checkpoints.latest)
             if trainer.reports.tracker:
                 # Somebody who asked to stop is waiting: the last picture is not worth the grace.
                 timeout_s = 30.0 if outcome == "finished" else 5.0
                 if trainer.deadline:
                     timeout_s = min(timeout_s, max(1.0, trainer.deadline.left_s))
                 trainer.reports.tracker.close(outcome, message, timeout_s, needs_person=needs_person)
+        trainer.saves.leave()
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ checkpoint. All ranks walk through the same loop and meet in its collectives; ra
 """
 
 import dataclasses
-import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -43,6 +42,7 @@ from ast_dist.mixing import Mixer
 from ast_dist.model import build_model, lr_at
 from ast_dist.reports import Reports
 from ast_dist.resources import Resources, open_meter
+from ast_dist.saves import Saves
 from ast_dist.step import VOTE_DAMAGED, VOTE_NONFINITE, VOTE_SAVE, VOTE_STOP, TrainStep
 from ast_dist.validation import evaluate
 
@@ -84,8 +84,9 @@ class Trainer:
         self.state.average = self.step.average
         self.ledger = Ledger()
         self.resources = Resources(self.loader, world, open_meter(world.device))
+        saving = config.checkpoint
         self.checkpoints = Checkpoints(
-            run_folder.checkpoints_path(Path(config.run_dir)), world, config.checkpoint.keep_last
+            run_folder.checkpoints_path(Path(config.run_dir)), world, saving.keep_last, saving.keep_every_h
         )
         self.deadline = Deadline(hours * 3600, session_age_s()) if (hours := config.session.hours) else None
         peers = local_peers(world.rank, world.gather)
@@ -121,6 +122,7 @@ class Trainer:
             self.resources,
             self.clock,
         )
+        self.saves = Saves(saving, self.checkpoints, self.nonfinite, self.deadline, self.clock, self.reports)
 
     def run(self) -> Literal["finished", "paused"]:
         """Train until all epochs are done or someone asks to stop. Returns the run's state: finished or paused."""
@@ -159,6 +161,7 @@ class Trainer:
     def own(self, lease: Lease, checkpoint: str | None) -> None:
         """Begin to report in the run directory; rank 0 calls it once the state is the one to go on from."""
         self.lease = lease
+        self.checkpoints.fence = lease.check
         self.reports.open(Path(self.config.run_dir), lease, checkpoint, self.loader, self.val_loader.index.num_samples)
 
     def resume(self) -> str | None:
@@ -177,7 +180,7 @@ class Trainer:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the newest checkpoint is of the present step: a disk may have refused it."""
+        """Whether the newest checkpoint is of the present step, once the save under way was waited for."""
         return self.checkpoints.newest == self._checkpoint_name
 
     @property
@@ -188,32 +191,28 @@ class Trainer:
     def save(
         self, val_acc1: float | None = None, val_ema_acc1: float | None = None, *, at_all_costs: bool = False
     ) -> None:
-        """Commit a checkpoint; all ranks must call.
+        """Start to save; all ranks must call.
 
         val_acc1, val_ema_acc1: of the weights and of their average, percent, where exactly this state was evaluated.
         Amid steps that were skipped because they were not finite nothing is saved, unless the run ends here: it would
         be no place to roll back to.
         """
-        began = time.monotonic()
-        with self.watchdog.paused():
+
+        def begin() -> bool:
             self._settle()
             is_finite = self.nonfinite.in_row == 0 and self.world.sum(self.step.nonfinite.clone()).item() == 0
             if not is_finite and not at_all_costs:
-                return
-            self._save(val_acc1, val_ema_acc1)
-        self._wants_save = False
-        stall_s = time.monotonic() - began
-        self.clock.saved(stall_s)
-        if self.deadline:
-            self.deadline.saw_save(stall_s)
-        self.reports.progress(self.checkpoints.newest)
+                return False
+            self.policy.merge(self.state.epoch)
+            self.state.counts = self.ledger.to_dict()
+            self.resources.tally()
+            self.state.session = {**self.reports.session(), "unevaluated": self._unevaluated}
+            self.checkpoints.save(self.state, val_acc1, val_ema_acc1, self._checkpoint_name)
+            return True
 
-    def _save(self, val_acc1: float | None, val_ema_acc1: float | None) -> None:
-        self.policy.merge(self.state.epoch)
-        self.state.counts = self.ledger.to_dict()
-        self.resources.tally()
-        self.state.session = {**self.reports.session(), "unevaluated": self._unevaluated}
-        self.checkpoints.save(self.state, val_acc1, val_ema_acc1, self._checkpoint_name)
+        self._wants_save = False
+        with self.watchdog.paused():
+            self.saves.start(begin, self.state.epoch)
 
     def close(self) -> None:
         """Stop threads and give the signals back."""
@@ -255,9 +254,8 @@ class Trainer:
         if self.step.average:
             full_steps = -(-state.num_samples // config.loop.global_batch_size)
             self.step.average.advance(full_steps / num_steps)
-        every_s = config.checkpoint.every_s
-        save_due = self.world.is_main and every_s > 0 and self.clock.since_save_s() >= every_s
-        wishes = {"stop": self.guard.wants_stop, "save": save_due}
+        self.saves.note()
+        wishes = {"stop": self.guard.wants_stop, "save": self.world.is_main and self.saves.is_due()}
         trained, scored = host_batch.planned, 0
         if self._is_scored:
             assert state.plan is not None

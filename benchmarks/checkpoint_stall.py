@@ -1,4 +1,4 @@
-"""How long a checkpoint holds up training: from the step's end to the committed folder, fsynced and hashed."""
+"""How long a checkpoint holds up training, and how long it takes beside it until it is committed."""
 
 import statistics
 import time
@@ -47,8 +47,10 @@ def checkpoint_stall(
     """Save a trained state several times. Returns a row of medians.
 
     The state is what a run in mid-epoch holds: the model, SGD's momentum, the gate's memory of all samples, the plan.
-    merge_ms: sharing the gate's observations of `observed_steps` steps. write_ms: from device and host into files.
-    commit_ms: fsync, SHA-256 and rename. stall_ms: all of it and what lies between.
+    merge_ms: sharing the gate's observations of `observed_steps` steps. stall_ms: merging, and copying the state; for
+    so long the training's thread is held up. copy_ms: for how long the copies hold up the GPU, 0 on a CPU. save_ms:
+    from the beginning until the checkpoint is committed, with nothing else to do; of this write_ms into files, and
+    commit_ms for fsync, SHA-256 and rename.
     """
     step = make_step(world, workload, batch_size)
     policy = make_policy(PolicySetup(GateConfig(warmup_epochs=0, anneal_share=0.0), workload.num_samples, epochs=10))
@@ -57,7 +59,8 @@ def checkpoint_stall(
     state.plan = checked_plan(policy, 0, orders.of(0))
     batches = random_batches(workload, batch_size, world.device)
     checkpoints = _TimedCheckpoints(folder, world, keep_last=2)
-    times: dict[str, list[float]] = {"stall_ms": [], "merge_ms": [], "write_ms": [], "commit_ms": []}
+    names = ("stall_ms", "merge_ms", "copy_ms", "save_ms", "write_ms", "commit_ms")
+    times: dict[str, list[float]] = {name: [] for name in names}
     size_bytes = 0
     # The first save makes buffers and pages that the next ones find.
     for save in range(saves + 1):
@@ -70,13 +73,18 @@ def checkpoint_stall(
         began = time.perf_counter()
         policy.merge(0)
         merged = time.perf_counter()
-        path = checkpoints.save(state)
-        ended = time.perf_counter()
-        if path is None:
+        checkpoints.save(state)
+        resumed = time.perf_counter()
+        path = checkpoints.wait()
+        committed = time.perf_counter()
+        told = checkpoints.poll()
+        if path is None or told is None:
             raise RuntimeError("the disk refused a checkpoint")
         size_bytes = sum(file.stat().st_size for file in path.iterdir())
         if save:
-            times["stall_ms"].append(ended - began)
+            times["stall_ms"].append(resumed - began)
+            times["copy_ms"].append(told.copy_s)
+            times["save_ms"].append(committed - began)
             times["merge_ms"].append(merged - began)
             times["write_ms"].append(checkpoints.write_s)
             times["commit_ms"].append(checkpoints.commit_s)

@@ -31,6 +31,7 @@ from ast_dist.track.history import read as read_rows
 from ast_dist.train import main
 from tests import training
 from tests.launching import finish, start, steps_done, wait_for
+from tests.states import saved
 from tests.training import write_shards
 
 DECAY = 0.9
@@ -168,7 +169,7 @@ def test_a_checkpoint_restores_it_bit_for_bit(world: World, tmp_path: Path) -> N
     state, other = fresh(0), fresh(1)
     train(state, 3)
     state.average.advance(0.25)  # as between a skipped step and the next
-    path = Checkpoints(tmp_path, world, keep_last=3).save(state)
+    path = saved(Checkpoints(tmp_path, world, keep_last=3), state)
     train(state, 4)
     Checkpoints(tmp_path, world, keep_last=3).load(path, other)
     train(other, 4)

@@ -56,7 +56,7 @@ def test_every_measure_has_a_row_with_its_figures(toy):
         "ceilings": {"matmul_bf16_tflops", "copy_gb_per_s", "peak_tflops", "peak_source"},
         "training_step": {"images_per_s", "step_ms", "mfu", "peak_tflops", "gate_ms", "gate_share", "batch_size"},
         "exact_resume": {"identical", "sha256", "sha256_resumed", "resumed_from_step"},
-        "checkpoint_stall": {"stall_ms", "merge_ms", "write_ms", "commit_ms", "checkpoint_mb"},
+        "checkpoint_stall": {"stall_ms", "merge_ms", "save_ms", "write_ms", "commit_ms", "checkpoint_mb"},
         "end_to_end": {"images_per_s", "data_wait", "decode_images_per_s", "threads", "jpeg_kb"},
         "gpu_loader": {"way", "cores", "images_per_s", "cpu_ms_per_image", "times_training"},
         "gate_per_epoch": {"order_ms", "plan_ms", "merge_ms"},

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from ast_dist.fault import commit
+from ast_dist.fault.retention import to_prune
 
 
 def save(folder: Path, step: int) -> Path:
@@ -27,7 +28,7 @@ def save_forever(folder: Path) -> None:
     """Commit and prune until killed."""
     for step in range(10**8):
         save(folder, step)
-        commit.prune(folder, keep_last=2, keep=set())
+        commit.remove(folder, to_prune(commit.saved(folder), keep_last=2, keep_every_h=0.0))
 
 
 def test_sigkill_at_random_moments_leaves_a_newest_checkpoint_that_verifies(tmp_path: Path) -> None:
@@ -74,6 +75,56 @@ def test_every_kind_of_damage_to_every_file_is_found(tmp_path: Path, name: str, 
     assert str(final) in str(caught.value)
 
 
+def test_each_flipped_bit_of_the_manifest_is_found(tmp_path: Path) -> None:
+    manifest = save(tmp_path, 7) / "manifest.json"
+    data = manifest.read_bytes()
+    for position in range(len(data)):
+        for bit in range(8):
+            changed = bytearray(data)
+            changed[position] ^= 1 << bit
+            manifest.write_bytes(changed)
+            with pytest.raises(commit.DamagedCheckpointError):
+                commit.verify(manifest.parent)
+
+
+def test_everything_is_on_the_disk_before_the_rename_and_the_rename_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    fsync, rename = os.fsync, os.rename
+    monkeypatch.setattr(
+        os, "fsync", lambda file: (done.append(str(Path(f"/proc/self/fd/{file}").readlink())), fsync(file))
+    )
+    monkeypatch.setattr(os, "rename", lambda old, new: (done.append("rename"), rename(old, new)))
+    final = save(tmp_path / "checkpoints", 7)
+    stage = final.with_name(f"stage-{final.name}")
+    at = done.index("rename")
+    assert done.count("rename") == 1
+    assert {str(stage / name) for name in ("a.bin", "b.bin", "manifest.json")} | {str(stage)} <= set(done[:at])
+    assert str(tmp_path) in done[:at], "the folder of checkpoints was new itself"
+    assert done[at + 1 :] == [str(final.parent)]
+
+
+def test_a_fence_that_objects_leaves_everything_as_it_was(tmp_path: Path) -> None:
+    before = save(tmp_path, 1)
+    stage = commit.new_stage(tmp_path, "step-00000002")
+
+    def fence() -> None:
+        assert (stage / "manifest.json").is_file(), "asked last of all"
+        raise RuntimeError("not yours")
+
+    with pytest.raises(RuntimeError, match="not yours"):
+        commit.commit(stage, tmp_path / "step-00000002", {}, fence)
+    assert commit.committed(tmp_path) == [before]
+
+
+def test_checkpoints_sort_by_step_past_the_digits_of_their_names(tmp_path: Path) -> None:
+    names = ["step-99999998", "step-99999998-evaluated", "step-99999999", "step-100000000"]
+    for name in reversed(names):
+        (tmp_path / name).mkdir()
+    assert [path.name for path in commit.committed(tmp_path)] == names
+
+
 def test_a_stage_is_never_taken_for_a_checkpoint(tmp_path: Path) -> None:
     stage = commit.new_stage(tmp_path, "step-00000001")
     (stage / "a.bin").write_bytes(b"x")
@@ -98,13 +149,6 @@ def test_the_best_is_found_although_a_manifest_cannot_be_read(tmp_path: Path) ->
     (tmp_path / "step-00000001/manifest.json").write_text("{")
     (tmp_path / "step-00000004/manifest.json").unlink()
     assert commit.best(tmp_path) == "step-00000003"
-
-
-def test_prune_keeps_the_newest_and_the_named(tmp_path: Path) -> None:
-    for step in range(6):
-        save(tmp_path, step)
-    commit.prune(tmp_path, keep_last=2, keep={"step-00000001"})
-    assert [path.name for path in commit.committed(tmp_path)] == ["step-00000001", "step-00000004", "step-00000005"]
 
 
 def test_quarantine_takes_a_checkpoint_out_of_the_way_and_keeps_it(tmp_path: Path) -> None:

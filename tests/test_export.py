@@ -99,9 +99,9 @@ def opened(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def restate(checkpoint: Path, **scores: float | None) -> None:
-    """Put other values into a checkpoint's manifest, which is not hashed itself."""
-    manifest = json.loads((checkpoint / "manifest.json").read_text())
-    (checkpoint / "manifest.json").write_text(json.dumps({**manifest, **scores}))
+    """Put other values into a checkpoint's manifest."""
+    content = {**commit.read_manifest(checkpoint), **scores}
+    (checkpoint / "manifest.json").write_bytes(commit.manifest_bytes(content))
 
 
 def damage(checkpoint: Path) -> None:
@@ -249,7 +249,7 @@ def test_a_checkpoint_that_is_pruned_while_it_is_read_is_no_fault(
     def prune_then_verify(path: Path) -> dict[str, Any]:
         if path == first and path.exists():
             restate(third, val_acc1=100.0)
-            commit.prune(run_dir / "checkpoints", 1, {third.name})
+            commit.remove(run_dir / "checkpoints", {path.name for path in committed(path.parent)} - {third.name})
         return verify(path)
 
     monkeypatch.setattr(checkpoint_file.commit, "verify", prune_then_verify)

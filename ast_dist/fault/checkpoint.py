@@ -1,46 +1,107 @@
 """Save and load checkpoints: sharded by torch.distributed.checkpoint, committed as commit.py says.
 
 A checkpoint is a folder `step-00000160`: `.metadata` and `__R_0.distcp` (tensors), state.json (plain values),
-manifest.json (SHA-256 of every file). All ranks enter `save` and `load`.
+manifest.json (SHA-256 of every file). All ranks enter `save`, `wait`, `find` and `load`.
+
+Training waits only while the state is copied (staging.py). One thread writes the copies, over a process group of its
+own, so that its collectives never meet those of the training. It is a thread of ours around `dcp.save`, not
+`dcp.async_save`: that one's arguments and results differ between the versions of torch, it ends before the commit,
+and its executor is waited for when the interpreter ends, which never comes where a peer hangs. Its processes
+(`AsyncCheckpointerType.PROCESS`) have been seen to commit after the trainers were killed.
 """
 
+import atexit
 import json
+import os
 import shutil
+import threading
+import time
 import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from ast_dist.distributed import World
+from ast_dist.errors import UserError, described
 from ast_dist.fault import commit
+from ast_dist.fault.commit import DamagedCheckpointError
+from ast_dist.fault.contents import STATE_NAME, difference, read, read_verified, verified_reader
+from ast_dist.fault.lease import LostLeaseError
+from ast_dist.fault.retention import to_prune
 from ast_dist.fault.safe_load import SafeReader
-from ast_dist.fault.state import TrainState, hash_state, join, split
+from ast_dist.fault.staging import Staged, Staging, first_nonfinite
+from ast_dist.fault.state import TrainState, hash_state, split
 
-_STATE_NAME = "state.json"
+__all__ = ["Checkpoints", "Ended", "NonFiniteStateError", "checkpoint_name", "read"]
+
 _FAILURES_LIMIT = 3
+# Folders of the state whose numbers must be finite; a gate's memory holds NaN for what it has not seen.
+_FINITE = ("model", "optimizer", "ema")
+_CLOSE_PATIENCE_S = 5.0
 
 
-def checkpoint_name(global_step: int) -> str:
-    """The folder of a step's checkpoint; names sort by step."""
-    return f"step-{global_step:08d}"
+class NonFiniteStateError(RuntimeError):
+    """The state that was to be saved holds NaN or infinity; raised on all ranks."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a save ended. Every rank holds the same, but for the times, which are its own.
+
+    why: what kept it from being saved. remarks: what went wrong beside it. save_s: from its start until it was
+    committed. copy_s: for how long copying held up the GPU.
+    """
+
+    name: str
+    kind: Literal["saved", "refused", "nonfinite", "lost lease"]
+    why: str = ""
+    remarks: tuple[str, ...] = ()
+    save_s: float = 0.0
+    copy_s: float = 0.0
+
+
+@dataclass
+class _Flight:
+    """The save under way. error: what ended its thread on this rank before the ranks could agree on an end."""
+
+    name: str
+    staged: Staged
+    content: str
+    about: dict[str, Any]
+    began: float
+    is_done: threading.Event = field(default_factory=threading.Event)
+    is_seen: bool = False
+    ended: Ended | None = None
+    error: BaseException | None = None
 
 
 class Checkpoints:
     """The checkpoints of one run.
 
-    folder: RUN/checkpoints, on storage that all ranks see. keep_last: newest ones kept; the one with the best
-    validation accuracy is kept besides.
+    folder: RUN/checkpoints, on storage that all ranks see. keep_last, keep_every_h: see `retention.to_prune`.
+    newest: name of the newest one that all ranks know to be committed. fence: rank 0's, asked right before a commit;
+    it raises LostLeaseError where this process may not write here any more.
+
+    `save` starts to save and `wait` takes in how it ended; the next `save` does so first. So all ranks learn of it at
+    the same place of their program: what follows from it (the count of failures, an error) is the same on all.
     """
 
-    def __init__(self, folder: Path, world: World, keep_last: int) -> None:
+    def __init__(self, folder: Path, world: World, keep_last: int, keep_every_h: float = 0.0) -> None:
         self.folder = folder
         self.world = world
-        self.keep_last = keep_last
         self.newest: str | None = None
+        self.fence: Callable[[], None] = lambda: None
+        self._keep_last = keep_last
+        self._keep_every_h = keep_every_h
+        self._group = world.new_group()
+        self._staging = Staging(world.device)
+        self._flight: _Flight | None = None
+        self._unread: Ended | None = None
         self._failures = 0
 
     def save(
@@ -49,124 +110,277 @@ class Checkpoints:
         val_acc1: float | None = None,
         val_ema_acc1: float | None = None,
         name: str | None = None,
-    ) -> Path | None:
-        """Commit a checkpoint of this step on all ranks. Returns its path, or None when the disk refused it.
+    ) -> None:
+        """Start to save this step on all ranks; training may go on when it returns.
 
         val_acc1, val_ema_acc1: validation accuracy of exactly these weights and of their average, percent; None where
-        they were not evaluated. name: of the checkpoint's folder, checkpoint_name of the step unless given.
-        A failed save warns and training goes on with the previous checkpoint standing; the third failure in a row
-        raises RuntimeError. A step that is already committed is not saved again.
+        they were not evaluated. name: of the checkpoint's folder, checkpoint_name of the step unless given. One that is
+        already committed is not saved again. Raises what `wait` raises, of the save before.
         """
+        self.wait()
         name = name or checkpoint_name(state.global_step)
-        final = self.folder / name
-        if self.world.broadcast(final.exists()):
-            self.newest = name
-            return final
+        if self.newest == name:
+            return
+        began = time.monotonic()
         # Each rank keeps its own batch statistics between forwards, and the checkpoint holds one copy of each.
         self.world.broadcast_buffers(state.model)
         if state.average:
             self.world.broadcast_buffers(state.average.module)
         tensors, plain = split(state.state_dict(self.world.rank))
-        try:
-            self.world.on_main(lambda: commit.new_stage(self.folder, name))
-            self._write(commit.stage_path(self.folder, name), tensors)
-            about = {"step": state.global_step, "val_acc1": val_acc1, "val_ema_acc1": val_ema_acc1}
-            self.world.on_main(lambda: self._commit(name, plain, state, about))
-        except (OSError, RuntimeError, ValueError) as error:
-            self._refused(name, error)
-            return None
-        if self.world.is_main:
-            self._prune()
-        self._failures = 0
-        self.newest = name
-        return final
+        content = json.dumps({"state": plain, "session": state.session}, indent=1) + "\n"
+        accuracies = {"val_acc1": val_acc1, "val_ema_acc1": val_ema_acc1}
+        about = {"step": state.global_step, **accuracies, "total_s": state.session.get("total_s")}
+        flight = _Flight(name, self._staging.copy(tensors), content, about, began)
+        self._flight = flight
+        # A daemon: it must not keep alive a process whose training failed, while it waits for a peer that is gone.
+        threading.Thread(target=self._fly, args=(flight,), name="save", daemon=True).start()
 
-    def _refused(self, name: str, error: Exception) -> None:
-        """Count a save that failed, on every rank alike; warn, and raise at the third in a row."""
+    def wait(self) -> Path | None:
+        """Wait for the save under way; all ranks must call. Returns its path, None where it failed or there was none.
+
+        A failed save warns and training goes on with the previous checkpoint standing; the third failure in a row
+        raises RuntimeError. So do a peer that was lost meanwhile and a run directory that is another's by now
+        (LostLeaseError). Raises NonFiniteStateError when the state held NaN or infinity.
+        """
+        flight = self._flight
+        if flight is None:
+            return None
+        flight.is_done.wait()
+        ended = self._see(flight)
+        self._flight = None
+        if ended.kind == "saved":
+            self._failures = 0
+            self.newest = ended.name
+            return self.folder / ended.name
+        message = self._message(ended)
+        if ended.kind == "nonfinite":
+            raise NonFiniteStateError(message)
+        if ended.kind == "lost lease":
+            raise LostLeaseError(message)
         self._failures += 1
-        free_mb = shutil.disk_usage(self.folder.parent).free / 1e6
-        message = (
-            f"checkpoint {self.folder / name} was not saved ({error}); {free_mb:,.0f} MB are free there; "
-            f"the last good one is {self.newest}"
-        )
         if self._failures >= _FAILURES_LIMIT:
-            raise RuntimeError(f"{message}; that was failure {self._failures} in a row") from error
-        if self.world.is_main:
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
+            raise RuntimeError(f"{message}; that was failure {self._failures} in a row")
+        return None
+
+    def poll(self) -> Ended | None:
+        """How the last save ended, told once, as soon as this rank knows; None before. Waits for nobody.
+
+        Raises RuntimeError where the save broke off because a peer was lost.
+        """
+        if self._flight and self._flight.is_done.is_set():
+            self._see(self._flight)
+        ended, self._unread = self._unread, None
+        return ended
+
+    @property
+    def is_saving(self) -> bool:
+        """Whether a save is under way on this rank."""
+        return self._flight is not None and not self._flight.is_done.is_set()
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether the ranks should `wait` at once, since what they would learn ends the run or rolls it back."""
+        ended = self._flight.ended if self._flight else None
+        if ended is None or ended.kind == "saved":
+            return False
+        return ended.kind != "refused" or self._failures + 1 >= _FAILURES_LIMIT
+
+    @property
+    def latest(self) -> str | None:
+        """Name of the newest committed checkpoint, as far as this rank knows, which may be before the others do."""
+        ended = self._flight.ended if self._flight else None
+        return ended.name if ended and ended.kind == "saved" else self.newest
+
+    def close(self) -> None:
+        """Leave the process group of the saves; all ranks must call, after `wait`."""
+        self.world.leave(self._group)
+
+    def abandon(self) -> None:
+        """Give a save under way a moment to end, without the others; for a rank that fails.
+
+        Where it does not end, because a peer or the disk hangs, this process ends all the same, with exit code 1.
+        """
+        if self._flight and not self._flight.is_done.wait(_CLOSE_PATIENCE_S):
+            # A thread that comes back from C++ while the interpreter ends is unwound there, which aborts the process.
+            atexit.register(os._exit, 1)
 
     def find(self) -> Path | None:
-        """The newest checkpoint that verifies, agreed on by all ranks; None where there is none.
+        """The newest checkpoint that verifies, agreed on by all ranks; None where there never was one.
 
-        Damaged ones are moved aside to `.corrupt-…`, with a warning that names the file.
+        Damaged ones that are newer are moved aside to `.corrupt-…`, with a warning that names the file. Raises
+        UserError when there are only damaged ones: to start anew is for a person to decide.
         """
-        found: Path | None = None
-        if self.world.is_main:
-            for checkpoint in reversed(commit.committed(self.folder)):
-                try:
-                    commit.verify(checkpoint)
-                    SafeReader(checkpoint).read_metadata()
-                except commit.DamagedCheckpointError as error:
-                    aside = commit.quarantine(checkpoint)
-                    message = f"{error}; moved to {aside.name}, trying the one before"
-                    warnings.warn(message, RuntimeWarning, stacklevel=2)
-                else:
-                    found = checkpoint
-                    break
-        return self.world.broadcast(found)
+        return self.world.broadcast(self.world.on_main(self._find))
+
+    def _find(self) -> Path | None:
+        damaged: list[tuple[Path, DamagedCheckpointError]] = []
+        for checkpoint in reversed(commit.committed(self.folder)):
+            try:
+                verified_reader(checkpoint).read_metadata()
+            except DamagedCheckpointError as error:
+                damaged.append((checkpoint, error))
+                continue
+            for bad, why in damaged:
+                message = f"{why}; moved to {commit.quarantine(bad).name}, trying the one before"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
+            return checkpoint
+        lost = [*(checkpoint for checkpoint, _ in damaged), *commit.set_aside(self.folder)]
+        if lost:
+            newest = f" The newest: {damaged[0][1]}." if damaged else ""
+            raise UserError(
+                f"{self.folder}: none of its {len(lost)} checkpoints is sound.{newest} Put a sound copy there, or "
+                "start anew with --resume never, which moves the run aside."
+            )
+        return None
 
     def load(self, checkpoint: Path, state: TrainState) -> None:
-        """Restore a verified checkpoint into `state`. Raises RuntimeError when ranks then hold different states."""
-        loaded, session = _read_verified(checkpoint)
+        """Restore a checkpoint that `find` returned into `state`.
+
+        Raises RuntimeError when a rank then holds anything but what was saved (a cast, a part left out), or when the
+        ranks hold different states.
+        """
+        loaded, session = read_verified(checkpoint, SafeReader(checkpoint))
+        expected = {key: value for key, value in loaded.items() if key != "rng"}
         state.load_state_dict(loaded, self.world.rank)
         state.session = session
         self.newest = checkpoint.name
-        hashes = set(self.world.gather(hash_state(state.state_dict(self.world.rank), with_rng=False)))
+        held = state.state_dict(self.world.rank)
+        if (digest := hash_state(held, with_rng=False)) != hash_state(expected):
+            told = difference(expected, held)
+            raise RuntimeError(f"{checkpoint}: the state after loading is not the saved one ({told})")
+        hashes = set(self.world.gather(digest))
         if len(hashes) != 1:
             raise RuntimeError(f"{checkpoint}: ranks hold {len(hashes)} different states after loading")
 
-    def _write(self, stage: Path, tensors: dict[str, torch.Tensor]) -> None:
-        try:
-            # thread_count above 1 was seen to lose items on an I/O error.
-            dcp.save(tensors, storage_writer=dcp.FileSystemWriter(stage, thread_count=1, sync_files=False))
-        except CheckpointException as error:
-            rank, (first, _) = next(iter(error.failures.items()))
-            raise RuntimeError(f"rank {rank}: {first}") from error
+    def _see(self, flight: _Flight) -> Ended:
+        """Take note, once, of a save that came to its end."""
+        if flight.error is not None:
+            # Not taken in: whoever asks again must hear it again.
+            raise RuntimeError(f"the save of {flight.name} broke off ({described(flight.error)})") from flight.error
+        ended = flight.ended
+        assert ended is not None
+        if not flight.is_seen:
+            flight.is_seen = True
+            self._unread = ended
+            if self.world.is_main:
+                goes_on = ended.kind == "refused" and self._failures + 1 < _FAILURES_LIMIT
+                failed = (f"{self._message(ended)}; training goes on",) if goes_on else ()
+                for text in (*failed, *ended.remarks):
+                    warnings.warn(text, RuntimeWarning, stacklevel=4)
+        return ended
 
-    def _commit(self, name: str, plain: dict[str, Any], state: TrainState, about: dict[str, Any]) -> None:
-        stage = commit.stage_path(self.folder, name)
-        content = {"state": plain, "session": state.session}
-        (stage / _STATE_NAME).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        commit.commit(stage, self.folder / name, about)
+    def _message(self, ended: Ended) -> str:
+        return f"checkpoint {self.folder / ended.name} was not saved: {ended.why}; the last good one is {self.newest}"
+
+    # Below: in the thread, over the group of the saves.
+
+    def _fly(self, flight: _Flight) -> None:
+        try:
+            if self.world.device.type == "cuda":
+                torch.cuda.set_device(self.world.device)
+            flight.ended = self._saved(flight)
+        except BaseException as error:  # noqa: BLE001 - told to the main thread, which raises it
+            flight.error = error
+        finally:
+            flight.is_done.set()
+
+    def _saved(self, flight: _Flight) -> Ended:
+        """Write, commit, and agree with the other ranks on how it ended."""
+        world, group = self.world, self._group
+        copy_s = flight.staged.wait()
+        problems = world.gather(self._prepare(flight), group)
+        ended = next((problem for problem in problems if problem), None)
+        if ended is None:
+            ended = self._write_problem(flight)
+        if world.is_main:
+            ended = self._concluded(flight, ended)
+        ended = world.broadcast(ended, group)
+        return Ended(ended.name, ended.kind, ended.why, ended.remarks, time.monotonic() - flight.began, copy_s)
+
+    def _prepare(self, flight: _Flight) -> Ended | None:
+        """What this rank has against the save; None where nothing. Rank 0 makes the stage folder."""
+        where = first_nonfinite(flight.staged.tensors, _FINITE)
+        if where is not None:
+            return Ended(flight.name, "nonfinite", f"{where} holds NaN or infinity on rank {self.world.rank}")
+        if not self.world.is_main:
+            return None
+        try:
+            self.fence()
+            if (self.folder / flight.name).exists():
+                return Ended(flight.name, "saved")
+            commit.new_stage(self.folder, flight.name)
+            free, needed = self._free_bytes(), self._needed_bytes(flight)
+            if free < needed:
+                # What a smaller keep_last or a pruning that failed has left.
+                self._prune()
+                free = self._free_bytes()
+            if free < needed:
+                return Ended(flight.name, "refused", f"it needs {needed:,} bytes, but {free:,} are free")
+        except LostLeaseError as error:
+            return Ended(flight.name, "lost lease", str(error))
+        except OSError as error:
+            return Ended(flight.name, "refused", described(error))
+        return None
+
+    def _write_problem(self, flight: _Flight) -> Ended | None:
+        try:
+            self._write(commit.stage_path(self.folder, flight.name), flight.staged.tensors)
+        except CheckpointException as error:  # all ranks get it alike
+            rank, (first, _) = next(iter(error.failures.items()))
+            return Ended(flight.name, "refused", f"{described(first)}, on rank {rank}")
+        return None
+
+    def _concluded(self, flight: _Flight, ended: Ended | None) -> Ended:
+        """Commit, or clear up after what failed. Rank 0 calls it."""
+        remarks: list[str] = []
+        if ended is None:
+            try:
+                self._commit(flight)
+            except LostLeaseError as error:
+                ended = Ended(flight.name, "lost lease", str(error))
+            except (OSError, ValueError, DamagedCheckpointError) as error:
+                ended = Ended(flight.name, "refused", described(error))
+            else:
+                try:
+                    self._prune()
+                except OSError as error:
+                    remarks.append(f"{self.folder}: old checkpoints are not removed ({error})")
+                return Ended(flight.name, "saved", remarks=tuple(remarks))
+        if ended.kind == "saved":
+            return ended
+        # The half that was written holds room that the next try needs.
+        shutil.rmtree(commit.stage_path(self.folder, flight.name), ignore_errors=True)
+        why = ended.why
+        if ended.kind == "refused" and "bytes" not in why:
+            why += f"; it needs {self._needed_bytes(flight):,} bytes, and {self._free_bytes():,} are free"
+        return Ended(ended.name, ended.kind, why)
+
+    def _write(self, stage: Path, tensors: dict[str, torch.Tensor]) -> None:
+        # thread_count above 1 was seen to lose items on an I/O error. A host syncs what it wrote itself: the fsync at
+        # the commit is rank 0's host's.
+        has_hosts = self.world.local_size < self.world.size
+        writer = dcp.FileSystemWriter(stage, thread_count=1, sync_files=has_hosts, per_thread_copy_ahead=0)
+        dcp.save(tensors, storage_writer=writer, process_group=self._group)
+
+    def _commit(self, flight: _Flight) -> None:
+        stage = commit.stage_path(self.folder, flight.name)
+        # Raises where an item is missing.
+        SafeReader(stage).read_metadata()
+        (stage / STATE_NAME).write_text(flight.content, encoding="utf-8")
+        commit.commit(stage, self.folder / flight.name, flight.about, self.fence)
 
     def _prune(self) -> None:
-        """Remove old checkpoints; the new one is committed, so a failure here is no failure of the save."""
-        best = commit.best(self.folder)
-        try:
-            commit.prune(self.folder, self.keep_last, {best} if best else set())
-        except OSError as error:
-            warnings.warn(f"{self.folder}: old checkpoints are not removed ({error})", RuntimeWarning, stacklevel=2)
+        commit.remove(self.folder, to_prune(commit.saved(self.folder), self._keep_last, self._keep_every_h))
+
+    def _needed_bytes(self, flight: _Flight) -> int:
+        """Bytes of the whole checkpoint: tensors, their archives' headers and metadata, each rank's random state."""
+        staged = flight.staged
+        return staged.num_bytes + 2048 * len(staged.tensors) + 16384 * self.world.size + 2 * len(flight.content)
+
+    def _free_bytes(self) -> int:
+        return shutil.disk_usage(self.folder).free
 
 
-def read(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read a committed checkpoint whole, without a process group.
-
-    Returns the state (as TrainState.state_dict gives it, with the random states of all ranks) and the session's
-    record. Raises DamagedCheckpointError when the folder does not verify or its metadata asks for code to run.
-    """
-    commit.verify(checkpoint)
-    return _read_verified(checkpoint)
-
-
-def _read_verified(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    metadata = SafeReader(checkpoint).read_metadata()
-    tensors = {
-        name: torch.empty(item.size, dtype=item.properties.dtype)
-        for name, item in metadata.state_dict_metadata.items()
-        if isinstance(item, TensorStorageMetadata)
-    }
-    with warnings.catch_warnings():
-        # Loading without a process group is what is meant here.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        dcp.load(tensors, storage_reader=SafeReader(checkpoint), no_dist=True)
-    content = json.loads((checkpoint / _STATE_NAME).read_text(encoding="utf-8"))
-    return join(tensors, content["state"]), content["session"]
+def checkpoint_name(global_step: int) -> str:
+    """The folder of a step's checkpoint; names sort by step."""
+    return f"step-{global_step:08d}"

@@ -6,7 +6,8 @@ A checkpoint is written into `stage-…`, then:
     2. the folder is renamed to its final name, and the parent folder is fsynced
 
 A crash before the rename leaves only a stage folder, which nobody loads and the next save removes. A crash after it
-leaves a complete checkpoint. What the disk or a person damages later is found by the hashes.
+leaves a complete checkpoint. What the disk or a person damages later is found by the hashes; the manifest holds one of
+itself.
 """
 
 import contextlib
@@ -14,11 +15,15 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
+from ast_dist.fault import retention
+from ast_dist.fault.retention import Saved
+
 MANIFEST_NAME = "manifest.json"
+_OWN_HASH = "sha256_of_the_above"
 _STAGE_PREFIX = "stage-"
 _CORRUPT_PREFIX = ".corrupt-"
 _PRUNED_PREFIX = ".pruned-"
@@ -35,28 +40,43 @@ def stage_path(folder: Path, name: str) -> Path:
 
 def new_stage(folder: Path, name: str) -> Path:
     """Remove what crashed saves left behind and make an empty stage folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for prefix in (_STAGE_PREFIX, _PRUNED_PREFIX):
-        for leftover in folder.glob(f"{prefix}*"):
-            shutil.rmtree(leftover)
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        _fsync(folder.parent)
+    remove_leftovers(folder)
     stage = stage_path(folder, name)
     stage.mkdir()
     return stage
 
 
-def commit(stage: Path, final: Path, about: dict[str, Any]) -> None:
+def remove_leftovers(folder: Path) -> None:
+    """Remove what saves and prunings that did not come to their end left behind: it holds the room of the next."""
+    for prefix in (_STAGE_PREFIX, _PRUNED_PREFIX):
+        for leftover in folder.glob(f"{prefix}*"):
+            shutil.rmtree(leftover)
+
+
+def commit(stage: Path, final: Path, about: dict[str, Any], fence: Callable[[], None] = lambda: None) -> None:
     """Make the stage folder the checkpoint `final`. about: JSON values to keep in the manifest.
 
-    Raises OSError when the disk fails or is full; the previous checkpoints stand.
+    fence: raises where this process may no longer write here; asked last of all. Raises OSError when the disk fails or
+    is full; the previous checkpoints stand.
     """
     files = {path.name: _fsync_and_hash(path) for path in sorted(stage.iterdir())}
     manifest = stage / MANIFEST_NAME
-    manifest.write_text(json.dumps({**about, "files": files}, indent=1) + "\n", encoding="utf-8")
+    manifest.write_bytes(manifest_bytes({**about, "files": files}))
     _fsync(manifest)
     _fsync(stage)
+    fence()
     # Rename last: a crash above this line leaves the previous checkpoint current.
     os.rename(stage, final)
     _fsync(final.parent)
+
+
+def manifest_bytes(content: dict[str, Any]) -> bytes:
+    """What a manifest of this content looks like: with a hash of itself last."""
+    digest = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return json.dumps({**content, _OWN_HASH: digest}, indent=1).encode() + b"\n"
 
 
 def verify(checkpoint: Path) -> dict[str, Any]:
@@ -64,15 +84,10 @@ def verify(checkpoint: Path) -> dict[str, Any]:
 
     Raises DamagedCheckpointError naming the first file that is missing, of another size or of another SHA-256.
     """
-    path = checkpoint / MANIFEST_NAME
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        files = manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
-        raise DamagedCheckpointError(f"{path}: cannot be read ({error!r})") from None
-    for name, expected in files.items():
+    manifest = read_manifest(checkpoint)
+    for name, expected in manifest["files"].items():
         file = checkpoint / name
-        if not file.is_file():
+        if file.is_symlink() or not file.is_file():
             raise DamagedCheckpointError(f"{file}: missing")
         size = file.stat().st_size
         if size != expected["bytes"]:
@@ -85,28 +100,66 @@ def verify(checkpoint: Path) -> dict[str, Any]:
     return manifest
 
 
+def read_manifest(checkpoint: Path) -> dict[str, Any]:
+    """The manifest, once it agrees with its own hash to the byte. Raises DamagedCheckpointError."""
+    path = checkpoint / MANIFEST_NAME
+    try:
+        raw = path.read_bytes()
+        content = {key: value for key, value in json.loads(raw).items() if key != _OWN_HASH}
+        is_own = raw == manifest_bytes(content)
+        names, entries = list(content["files"]), list(content["files"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise DamagedCheckpointError(f"{path}: cannot be read ({error!r})") from None
+    if not is_own:
+        raise DamagedCheckpointError(f"{path}: is not what was committed")
+    if any(Path(name).name != name for name in names):
+        raise DamagedCheckpointError(f"{path}: names files outside of its folder")
+    if not all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries):
+        raise DamagedCheckpointError(f"{path}: lacks sizes or hashes")
+    return content
+
+
 def committed(folder: Path) -> list[Path]:
-    """Committed checkpoints, the newest last. Names sort by step."""
-    return sorted(path for path in folder.glob("step-*") if path.is_dir())
+    """Committed checkpoints, the newest last: by step, whatever the number of its digits, then by name."""
+
+    def place(checkpoint: Path) -> tuple[int, str]:
+        digits = checkpoint.name.removeprefix("step-").split("-")[0]
+        return len(digits), checkpoint.name
+
+    return sorted((path for path in folder.glob("step-*") if path.is_dir()), key=place)
+
+
+def saved(folder: Path) -> list[Saved]:
+    """What the manifests of the committed checkpoints say, the newest last.
+
+    One that cannot be read counts as never evaluated: whether a checkpoint is sound is asked when it is loaded.
+    """
+    found = []
+    for checkpoint in committed(folder):
+        about: dict[str, Any] = {}
+        with contextlib.suppress(DamagedCheckpointError):
+            about = read_manifest(checkpoint)
+        known = [score for key in ("val_acc1", "val_ema_acc1") if (score := _number(about.get(key))) is not None]
+        found.append(Saved(checkpoint.name, max(known, default=None), _number(about.get("total_s"))))
+    return found
 
 
 def best(folder: Path, passed_over: Collection[str] = ()) -> str | None:
-    """Name of the committed checkpoint with the highest accuracy in its manifest, the newest of equals.
+    """Name of the committed checkpoint of the highest accuracy, the newest of equals; None where none was evaluated.
 
-    It counts as what its better weights reached: `val_acc1`, or `val_ema_acc1` of their average. passed_over: names
-    that do not count.
-    A manifest that cannot be read is passed over: whether a checkpoint is sound is asked when it is loaded.
+    passed_over: names that do not count.
     """
-    scores = {}
-    for checkpoint in committed(folder):
-        if checkpoint.name in passed_over:
-            continue
-        with contextlib.suppress(OSError, ValueError):
-            manifest = json.loads((checkpoint / MANIFEST_NAME).read_text(encoding="utf-8"))
-            known = [score for key in ("val_acc1", "val_ema_acc1") if (score := manifest.get(key)) is not None]
-            if known:
-                scores[checkpoint.name] = max(known)
-    return max(scores, key=lambda name: (scores[name], name), default=None)
+    found = retention.best([item for item in saved(folder) if item.name not in passed_over])
+    return found.name if found else None
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, int | float) else None
+
+
+def set_aside(folder: Path) -> list[Path]:
+    """Damaged checkpoints that were moved aside."""
+    return sorted(folder.glob(f"{_CORRUPT_PREFIX}*"))
 
 
 def quarantine(checkpoint: Path) -> Path:
@@ -119,14 +172,13 @@ def quarantine(checkpoint: Path) -> Path:
     return target
 
 
-def prune(folder: Path, keep_last: int, keep: set[str]) -> None:
-    """Remove old checkpoints, but not the newest `keep_last` and those named in `keep`. Call it after a commit."""
-    for checkpoint in committed(folder)[:-keep_last]:
-        if checkpoint.name not in keep:
-            # Renamed first: a crash in the middle must not leave half a checkpoint under a checkpoint's name.
-            doomed = checkpoint.with_name(f"{_PRUNED_PREFIX}{checkpoint.name}")
-            os.rename(checkpoint, doomed)
-            shutil.rmtree(doomed)
+def remove(folder: Path, names: Iterable[str]) -> None:
+    """Remove checkpoints. Call it after a commit, with what nobody would miss."""
+    for name in names:
+        # Renamed first: a crash in the middle must not leave half a checkpoint under a checkpoint's name.
+        doomed = folder / f"{_PRUNED_PREFIX}{name}"
+        os.rename(folder / name, doomed)
+        shutil.rmtree(doomed)
 
 
 def _fsync(path: Path) -> None:

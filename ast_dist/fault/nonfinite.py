@@ -36,9 +36,13 @@ class NonFiniteSteps:
         if self.in_row <= self._limit:
             return f"{found}: step skipped, {self.in_row} in a row, {self._limit} allowed"
         found += f", {self.in_row} steps in a row where fault.nonfinite_steps allows {self._limit}"
+        raise self.verdict(found, epoch)
+
+    def verdict(self, found: str, epoch: int) -> RollBack | UserError:
+        """What to raise: RollBack, or UserError where the epoch was rolled back before. found: what is not finite."""
         if epoch not in self._rolled_back:
-            raise RollBack(f"{found}: going back to the last checkpoint")
-        raise UserError(
+            return RollBack(f"{found}: going back to the last checkpoint")
+        return UserError(
             f"{found}, and going back to the last checkpoint did not help. Checkpoints before it are sound. Lower "
             "optim.lr, set optim.clip_grad_norm or look at the data, and start anew with another --run-dir."
         )
