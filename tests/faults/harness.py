@@ -12,9 +12,8 @@ import json
 import os
 import random
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -114,6 +113,11 @@ class Run:
         """Process ids of the ranks that run."""
         return workers(self.job.pid) if self.world_size else {0: self.job.pid}
 
+    def all_pids(self) -> dict[int, int]:
+        """Process ids by rank, once every rank has been started."""
+        count = max(1, self.world_size)
+        return self.wait_until(lambda: pids if len(pids := self.pids) == count else None, f"{count} ranks")
+
     @property
     def step(self) -> int:
         """Steps done, by the run's heartbeat."""
@@ -195,27 +199,27 @@ class Faults:
         """Strike at each planned step, wait after each until the run steps again, and return what happened."""
         for strike in sorted(self.strikes, key=lambda strike: strike.step):
             self.run.wait_for_step(strike.step)
-            pids = self.run.wait_until(
-                lambda: len(pids := self.run.pids) == max(1, self.run.world_size) and pids, "all ranks"
-            )
-            strike.seen, began = self.run.step, time.time()
-            owner = self._owner()
+            pids = self.run.all_pids()
+            owner, strike.seen, began = self._owner(), self.run.step, time.time()
             os.kill(pids[strike.rank], strike.number)
-            self.run.wait_until(lambda: self._owner() != owner and heartbeat(self.run.run_dir)[1] > began, "recovery")
-            strike.recovery_s = heartbeat(self.run.run_dir)[1] - began
+            strike.recovery_s = self._first_beat(owner, began) - began
             print(strike)
         return self.strikes
 
-    def _owner(self) -> str:
-        return json.loads((self.run.run_dir / ".lease").read_bytes()[16:] or b"{}").get("pid")
+    def _first_beat(self, owner: int, after: float) -> float:
+        """When a process other than `owner` did its first step (seconds since 1970)."""
+
+        def beats() -> bool:
+            return self._owner() != owner and heartbeat(self.run.run_dir)[1] > after
+
+        self.run.wait_until(beats, "a step after the strike")
+        return heartbeat(self.run.run_dir)[1]
+
+    def _owner(self) -> int:
+        return json.loads((self.run.run_dir / ".lease").read_bytes()[16:] or b"{}").get("pid", 0)
 
 
 def random_steps(rng: random.Random, steps: int, count: int = 5) -> list[int]:
     """Steps at which to strike, one in each of `count` equal parts of a run, so that it gets on between them."""
     part = steps // (count + 1)
     return [number * part + rng.randrange(1, part) for number in range(count)]
-
-
-def session_pids(pids: Iterable[int]) -> list[int]:
-    """Those of the processes that still run."""
-    return [pid for pid in pids if is_alive(pid)]
