@@ -45,9 +45,14 @@ def start(
     )
 
 
-def finish(process: "subprocess.Popen[str]", expected: int = 0) -> str:
+def finish(process: "subprocess.Popen[str]", expected: int = 0, patience_s: float = PATIENCE_S) -> str:
     """Wait for a process and return its output; fail with that output when its exit code is another."""
-    output, _ = process.communicate(timeout=PATIENCE_S)
+    try:
+        output, _ = process.communicate(timeout=patience_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        raise AssertionError(f"not done within {patience_s:g} s:\n{output}") from None
     assert process.returncode == expected, f"exit code {process.returncode}, expected {expected}:\n{output}"
     return output
 

@@ -3,8 +3,8 @@
     python -m tests.faults.save_kills FOLDER [--tries 200] [--seed 0]
 
 One process imports torch and forks the others, which start in a few milliseconds each: a world of one, or of two every
-fourth time. Each goes on from the newest checkpoint that verifies, as a restart does, trains, and saves each step, until
-SIGKILL hits all its ranks. Prints one JSON object: tries, mid_save (kills that left a save half-done), unloadable
+fourth time. Each goes on from the newest checkpoint that verifies, as a restart does, trains, and saves each step,
+until SIGKILL hits all its ranks. Prints one JSON object: tries, mid_save (kills that left a save half-done), unloadable
 (checkpoints that were committed and do not load, or are not what they say), outdated (times that a checkpoint older
 than one that was committed was found), and saves (checkpoints committed in all).
 """
@@ -112,7 +112,7 @@ def start(folder: Path, store: Path, size: int, resumed: Note, is_ready: Note) -
         if pid == 0:
             try:
                 save_until_killed(folder, store, rank, size, resumed, is_ready)
-            except BaseException:
+            except BaseException:  # noqa: BLE001 - a forked process must not go on as its parent
                 traceback.print_exc()
             finally:
                 sys.stderr.flush()
@@ -168,7 +168,7 @@ def save_s(folder: Path) -> float:
 
 
 def kill_while_saving(folder: Path, tries: int, seed: int) -> dict[str, int]:
-    """Kill `tries` worlds at random moments, the same for the same seed. Returns the counts that the module tells of."""
+    """Kill `tries` worlds at random moments, the same for the same seed. Returns the counts told above."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
     checkpoints = folder / "checkpoints"

@@ -13,7 +13,8 @@ def test_after_200_kills_around_saves_every_checkpoint_that_was_committed_loads(
     tmp_path: Path, rng: random.Random
 ) -> None:
     seed = rng.randrange(2**31)
-    told = finish(start("-m", "tests.faults.save_kills", str(tmp_path), "--tries", str(TRIES), "--seed", str(seed)))
+    job = start("-m", "tests.faults.save_kills", str(tmp_path), "--tries", str(TRIES), "--seed", str(seed))
+    told = finish(job, patience_s=600.0)
     print(told)
     tally = json.loads(told.splitlines()[-1])
     assert tally["tries"] == TRIES
