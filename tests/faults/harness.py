@@ -79,16 +79,21 @@ class Run:
     """A training in processes of its own. Leaving the context kills what still runs.
 
     words: what follows `python`. world_size: processes under torchrun; 0 starts one process without it. environment:
-    variables added to this process's.
+    variables added to this process's. log: the file of what it prints, by default one beside its directory.
     """
 
     def __init__(
-        self, words: list[str], world_size: int = 0, max_restarts: int = 0, environment: dict[str, str] | None = None
+        self,
+        words: list[str],
+        world_size: int = 0,
+        max_restarts: int = 0,
+        environment: dict[str, str] | None = None,
+        log: Path | None = None,
     ) -> None:
         self.run_dir = Path(words[words.index("--run-dir") + 1])
         self.world_size = world_size
-        number = len(list(self.run_dir.parent.glob(f"{self.run_dir.name}-*.log")))
-        self._log = self.run_dir.parent / f"{self.run_dir.name}-{number}.log"
+        logs = self.run_dir.parent
+        self._log = log or logs / f"{self.run_dir.name}-{len(list(logs.glob('*.log')))}.log"
         # A pipe that nobody reads would stop a run that restarts often and says so.
         with self._log.open("wb") as log:
             self.job = launching.start(
