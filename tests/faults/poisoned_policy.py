@@ -2,8 +2,8 @@
 
     POISON='{"rank": 1, "steps": [7, 8], "once": "FILE"}' … --gate.policy tests.faults.poisoned_policy:Poisoned
 
-steps: numbers of the training forwards of this process's model, from 0. once: with it, the fault passes: after it has
-struck, that file exists, and nothing is struck any more. Each rank appends the SHA-256 of its last layer's weights
+steps: numbers of the training steps of this process's model, from 0. epoch: all the steps of this epoch. once: with
+it, the fault passes: after it has struck, that file exists, and nothing is struck any more. Each rank appends the SHA-256 of its last layer's weights
 before each forward to weights-of-rank-R.txt in the folder WEIGHTS, by which a test sees that the ranks agree.
 """
 
@@ -31,6 +31,10 @@ class Poisoned(Sundew):
         super().observe(ids, scores)
         Poison.current.step += 1
 
+    def scores_epoch(self, epoch: int) -> bool:
+        Poison.current.epoch = epoch
+        return super().scores_epoch(epoch)
+
 
 class Poison:
     """Torch calls it after each forward of each module of this process."""
@@ -38,9 +42,11 @@ class Poison:
     current: "Poison"
 
     def __init__(self, plan: dict[str, Any], folder: Path) -> None:
-        self.step = 0
+        self.step, self.epoch = 0, 0
         self._rank = int(os.environ.get("RANK", "0"))
-        self._steps = set(plan["steps"]) if plan["rank"] == self._rank else set()
+        is_struck = plan["rank"] == self._rank
+        self._steps = set(plan.get("steps", ())) if is_struck else set()
+        self._epoch = plan.get("epoch") if is_struck else None
         self._once = Path(plan["once"]) if "once" in plan else None
         self._weights = folder / f"weights-of-rank-{self._rank}.txt"
 
@@ -50,7 +56,8 @@ class Poison:
             return None
         with self._weights.open("a", encoding="ascii") as file:
             file.write(hashlib.sha256(module.weight.detach().numpy().tobytes()).hexdigest() + "\n")
-        if self.step not in self._steps or (self._once and self._once.exists()):
+        is_due = self.step in self._steps or self.epoch == self._epoch
+        if not is_due or (self._once and self._once.exists()):
             return None
         if self._once and self.step == max(self._steps):
             self._once.touch()

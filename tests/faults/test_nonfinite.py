@@ -4,6 +4,7 @@ import json
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from ast_dist.fault.checkpoint import read
 from ast_dist.fault.commit import committed
@@ -14,19 +15,18 @@ from tests.training import state_hash
 ALLOWED = 2
 
 
-def poisoned(shards: Path, run_dir: Path, rank: int, steps: list[int], once: Path | None = None) -> Run:
-    """Start a run of two ranks, one of which gets NaN in those of its steps."""
-    plan = {"rank": rank, "steps": steps, **({"once": str(once)} if once else {})}
+def poisoned(shards: Path, run_dir: Path, rank: int, **plan: Any) -> Run:
+    """Start a run of two ranks, one of which gets NaN; plan: when, as poisoned_policy.py says."""
     argv = words(shards, run_dir, "--gate.policy", "tests.faults.poisoned_policy:Poisoned")
     argv += ["--fault.nonfinite-steps", str(ALLOWED)]
-    return Run(argv, world_size=2, environment={"POISON": json.dumps(plan), "WEIGHTS": str(run_dir.parent)})
+    return Run(argv, world_size=2, environment={"POISON": json.dumps({"rank": rank, **plan}), "WEIGHTS": str(run_dir.parent)})
 
 
 def assert_ranks_agree(run: Run) -> None:
     """Before each step, the ranks had the same weights, none of which was NaN."""
     first, second = ((run.run_dir.parent / f"weights-of-rank-{rank}.txt").read_text() for rank in (0, 1))
     assert first == second
-    assert len(first.splitlines()) > 100
+    assert len(first.splitlines()) > 20
     for checkpoint in committed(run.run_dir / "checkpoints"):
         assert all(value.isfinite().all() for value in read(checkpoint)[0]["model"].values())
 
@@ -39,7 +39,7 @@ def test_single_steps_that_are_nan_on_one_rank_are_skipped_by_all_and_told_by_on
     shards: Path, tmp_path: Path, rng: random.Random
 ) -> None:
     steps = random_steps(rng, 150)
-    with poisoned(shards, tmp_path / "run", rng.randrange(2), steps) as run:
+    with poisoned(shards, tmp_path / "run", rng.randrange(2), steps=steps) as run:
         output = run.finish()
     assert output.count(f"step skipped, 1 in a row, {ALLOWED} allowed") == len(steps)
     assert not rollbacks(run)
@@ -54,7 +54,7 @@ def test_a_row_of_nan_that_passes_is_rolled_back_and_leaves_no_bit(
     reference = unfaulted(2)
     first = rng.randrange(10, 150)
     row = list(range(first, first + ALLOWED + 1))
-    with poisoned(shards, tmp_path / "run", rng.randrange(2), row, once=tmp_path / "passed") as run:
+    with poisoned(shards, tmp_path / "run", rng.randrange(2), steps=row, once=str(tmp_path / "passed")) as run:
         run.finish()
     assert len(rollbacks(run)) == 1
     assert_ranks_agree(run)
@@ -64,10 +64,11 @@ def test_a_row_of_nan_that_passes_is_rolled_back_and_leaves_no_bit(
 def test_nan_that_stays_ends_the_run_after_one_roll_back_with_sound_checkpoints(
     shards: Path, tmp_path: Path, rng: random.Random
 ) -> None:
-    first = rng.randrange(101, 150)
-    with poisoned(shards, tmp_path / "run", rng.randrange(2), list(range(first, 1000))) as run:
-        # The steps are counted from the checkpoint, so the second attempt gets on for longer; then it is met again.
+    with poisoned(shards, tmp_path / "run", rng.randrange(2), epoch=rng.randrange(3, 10)) as run:
         output = run.finish(expected=1)
-    assert "NaN or infinite" in output
+    assert output.count("error: ") == 1
+    assert "going back to the last checkpoint did not help" in output
     assert run.progress()["state"] == "failed"
+    assert run.progress()["needs_person"]
+    assert len(rollbacks(run)) == 1
     assert_ranks_agree(run)
