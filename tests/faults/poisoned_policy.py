@@ -3,8 +3,10 @@
     POISON='{"rank": 1, "steps": [7, 8], "once": "FILE"}' … --gate.policy tests.faults.poisoned_policy:Poisoned
 
 steps: numbers of the training steps of this process's model, from 0. epoch: all the steps of this epoch. once: with
-it, the fault passes: after it has struck, that file exists, and nothing is struck any more. Each rank appends the SHA-256 of its last layer's weights
-before each forward to weights-of-rank-R.txt in the folder WEIGHTS, by which a test sees that the ranks agree.
+it, the fault passes: after it has struck, that file exists, and nothing is struck any more.
+
+Each rank appends the SHA-256 of its last layer's weights before each forward to weights-of-rank-R.txt in the folder
+WEIGHTS, by which a test sees that the ranks agree.
 """
 
 import hashlib

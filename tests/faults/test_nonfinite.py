@@ -19,7 +19,9 @@ def poisoned(shards: Path, run_dir: Path, rank: int, **plan: Any) -> Run:
     """Start a run of two ranks, one of which gets NaN; plan: when, as poisoned_policy.py says."""
     argv = words(shards, run_dir, "--gate.policy", "tests.faults.poisoned_policy:Poisoned")
     argv += ["--fault.nonfinite-steps", str(ALLOWED)]
-    return Run(argv, world_size=2, environment={"POISON": json.dumps({"rank": rank, **plan}), "WEIGHTS": str(run_dir.parent)})
+    return Run(
+        argv, world_size=2, environment={"POISON": json.dumps({"rank": rank, **plan}), "WEIGHTS": str(run_dir.parent)}
+    )
 
 
 def assert_ranks_agree(run: Run) -> None:
