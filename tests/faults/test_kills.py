@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from ast_dist.fault.checkpoint import read
+from ast_dist.fault.commit import committed
 from ast_dist.track.history import read as read_rows
 from tests.faults.harness import RECOVERY_S, SAVE_STEPS, Faults, Reference, Run, random_steps, words
 from tests.training import state_hash
@@ -49,3 +51,18 @@ def test_a_process_killed_at_any_moment_of_its_life_also_while_it_starts_costs_n
         run.finish()
     assert all(row["steps_repeated"] <= SAVE_STEPS for row in run.starts())
     assert state_hash(run.run_dir) == reference.sha256
+
+
+def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before_and_leaves_no_half_made_one(
+    shards: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "run/checkpoints"
+    with Run(words(shards, tmp_path / "run", "--checkpoint.every-steps", "1", "--model.width", "64")) as run:
+        run.wait_until(lambda: len(committed(folder)) >= 2 and list(folder.glob("stage-*")), "a save")
+    before = committed(folder)[-1]
+    read(before)  # raises where it does not verify
+    more = ("--checkpoint.every-steps", "0", "--model.width", "64", "--resume", "must")
+    with Run(words(shards, tmp_path / "run", *more)) as run:
+        run.finish()
+    assert run.starts()[1]["checkpoint"] == before.name
+    assert not list(folder.glob("stage-*"))

@@ -1,4 +1,4 @@
-"""Claims about a W&B server that is not there: no step waits for it, the run ends well, and all rows can be sent later."""
+"""Claims about a W&B server that is not there: no step waits, the run ends well, and all rows can be sent later."""
 
 import random
 import subprocess
