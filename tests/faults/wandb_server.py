@@ -35,7 +35,6 @@ class WandbServer(ThreadingHTTPServer):
         return {
             "WANDB_API_KEY": "0123456789" * 4,
             "WANDB_BASE_URL": f"http://127.0.0.1:{self.server_address[1]}",
-            "WANDB_MODE": "",
         }
 
     def fail(self, how: Failure) -> None:
