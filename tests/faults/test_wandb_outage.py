@@ -42,7 +42,7 @@ def sync(run: Run) -> list[dict]:
     folders = [str(path) for path in sorted((run.run_dir / "wandb").glob("*run-*"))]
     with wandb_server() as server:
         subprocess.run(
-            [sys.executable, "-m", "wandb", "sync", "--yes", *folders],
+            [sys.executable, "-m", "wandb", "sync", "--yes", "--include-online", *folders],
             env=environment() | server.environment | {"HOME": str(run.run_dir.parent / "home")},
             cwd=run.run_dir.parent,
             check=True,
@@ -89,4 +89,7 @@ def test_a_server_that_goes_away_midway_slows_no_step_and_the_run_can_be_sent_la
         for run, server in runs:
             rows = assert_unharmed(run)
             assert 0 < len(server.rows) < len(rows), "it went away in the midst"
+            assert f"wandb sync --include-online {run.run_dir}/wandb/*run-*" in run.output, (
+                "it says how to send the rest"
+            )
             assert_all_arrive(run, rows)
