@@ -86,8 +86,7 @@ class WandbRun:
             self._rows.put(None, timeout=timeout_s)
         self._thread.join(max(0.0, deadline - time.monotonic()))
         if self._thread.is_alive():
-            rest = f"wandb sync {self.run_dir}/wandb/*run-*"
-            self._say_wrong(f"not done {timeout_s:g} s after the end; send the rest: {rest}")
+            self._say_unsent(timeout_s)
             self._is_given_up = True
         self._thread = None
 
@@ -95,13 +94,21 @@ class WandbRun:
         if not self._is_given_up:
             self._warn(f"W&B: {text}. Training goes on; metrics.jsonl has every row.")
 
+    def _say_unsent(self, waited_s: float) -> None:
+        # Without that option W&B passes over runs that began online, and says nothing of rows they did not send.
+        rest = f"wandb sync --include-online {self.run_dir}/wandb/*run-*"
+        self._say_wrong(f"not done {waited_s:g} s after the end; send the rest: {rest}")
+
     def _work(self) -> None:
         try:
             run = self._begin()
             while (item := self._rows.get()) is not None:
                 number, row = item
                 run.log(row, step=number, commit=True)
-            run.finish(exit_code=self._exit_code)
+            try:
+                run.finish(exit_code=self._exit_code)
+            except TimeoutError:
+                self._say_unsent(FINISH_TIMEOUT_S)
         except Exception as error:
             self._say_wrong(f"off from here on ({_first_line(error)})")
 
@@ -128,6 +135,7 @@ class WandbRun:
         settings = wandb.Settings(
             init_timeout=self._init_timeout_s,
             finish_timeout=FINISH_TIMEOUT_S,
+            finish_timeout_raises=True,
             console="off",  # capturing the terminal would break the bars
             silent=True,
             stop_fn=lambda: self._inform("W&B: a stop asked for on the run's page is passed over; press Ctrl-C here."),
