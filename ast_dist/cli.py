@@ -15,6 +15,7 @@ from ast_dist.errors import UserError, run_command
 # Command → (module with `main(argv)`, what it does).
 COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("ast_dist.train", "train, or go on where the run stopped"),
+    "supervise": ("ast_dist.supervise", "start a training's agent, and start it again when it dies"),
     "status": ("ast_dist.status", "say how a run stands"),
     "make-shards": ("data_prep.make_shards", "turn images into shards with an index"),
     "check-shards": ("data_prep.check_shards", "verify a set of shards, sample by sample"),

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from ast_dist import outcome_file
 from ast_dist.config import Config, differences, to_dict
 from ast_dist.errors import UserError
 from ast_dist.fault.commit import committed
@@ -23,6 +24,8 @@ from ast_dist.track.progress import read_progress
 
 CONFIG_NAME = "config.yaml"
 CLASSES_NAME = "classes.json"
+# NFS gives a lost host's lock free after 90 s, and a watchdog ends a hung worker after 120 s.
+_PREDECESSOR_PATIENCE_S = 180.0
 _PACKAGES = ("ast-dist", "torch", "torchvision", "numpy", "webdataset", "wandb", "nvidia-dali-cuda130")
 
 
@@ -46,6 +49,8 @@ def launch_id() -> str:
     was restarted because hosts came or went, has a count that says nothing about the directory.
     """
     env = os.environ
+    if env.get(outcome_file.LAUNCH_VARIABLE):
+        return env[outcome_file.LAUNCH_VARIABLE]  # said by who also restarts agents, or by a job of several hosts
     if "TORCHELASTIC_RUN_ID" not in env:
         return uuid.uuid4().hex  # nobody restarts it: each start is a person's
     if env.get("GROUP_WORLD_SIZE", "1") == "1":
@@ -127,7 +132,8 @@ def take(config: Config, manifests: dict[str, str], classes: list[str]) -> Lease
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         is_restart = previous_launch(run_dir) == launch_id()
-        lease = Lease(run_dir, launch_id())
+        # One that this one replaces may take a while to go: a worker that hangs, a host that a file server misses.
+        lease = Lease(run_dir, launch_id(), patience_s=_PREDECESSOR_PATIENCE_S if is_restart else 0.5)
         if config.resume == "never" and not is_restart and (run_dir / CONFIG_NAME).is_file():
             aside = archive(run_dir)
             print(f"the run that stood in {run_dir} is now in {aside}", flush=True)

@@ -2,10 +2,20 @@
 
 import dataclasses
 import os
+
+from ast_dist import outcome_file
+from ast_dist.fault.guard import DEADLINE, die_with_parent, signal_comes, why_stopped
+
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    # Before torch is imported, which takes seconds: an agent that is killed meanwhile must not leave orphans, either.
+    die_with_parent(outcome_file.agent_pid())
+
+import contextlib
 import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -18,20 +28,35 @@ from ast_dist.config import Config
 from ast_dist.data.index import Index
 from ast_dist.data.remote import open_index
 from ast_dist.distributed import World
-from ast_dist.errors import UserError, run_command
-from ast_dist.fault.guard import die_with_parent
+from ast_dist.errors import RankError, UserError, described, run_command
 from ast_dist.fault.lease import Lease
 from ast_dist.fault.nonfinite import RollBack
 from ast_dist.model import build_model
 from ast_dist.preflight import check_data, print_dry_run, with_block_shards
 from ast_dist.trainer import Trainer
 
+# Signals reach the hosts of a job within a second or two of each other.
+_PEER_PATIENCE_S = 3.0
+
 
 def main(argv: Sequence[str]) -> int:
     """The command. Returns the exit code; raises UserError for what the user can mend."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        die_with_parent()
+    try:
+        return _train(argv)
+    except UserError as error:
+        outcome_file.tell("refused", message=str(error))
+        if os.environ.get("LOCAL_RANK") == "0" or isinstance(error, RankError):
+            outcome_file.stop_agent_at_exit()
+        raise
+    except Exception as error:
+        outcome_file.tell("failed", message=described(error)[:300])
+        raise
+
+
+def _train(argv: Sequence[str]) -> int:
     config = parse(argv)
+    restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    outcome_file.tell("started", run_dir=str(Path(config.run_dir).absolute()), restart=restart)
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
     train, val = open_index(config.data.train, config.data), open_index(config.data.val, config.data)
     config = with_block_shards(config, train)
@@ -49,36 +74,41 @@ def main(argv: Sequence[str]) -> int:
     keep_freed_memory()
     world = World.start()
     try:
-        train_in(config, world, train, val, num_classes, manifests)
+        is_over = train_in(config, world, train, val, num_classes, manifests)
     except BaseException:
         world.abandon()
         raise
     world.close()
-    return 0
+    return 0 if is_over or signal_comes(_PEER_PATIENCE_S) else 1
 
 
 def train_in(
     config: Config, world: World, train: Index, val: Index, num_classes: int, manifests: dict[str, str]
-) -> None:
-    """Take the run directory, and train in it until there is an end."""
+) -> bool:
+    """Take the run directory, and train in it until there is an end.
+
+    Returns False where other hosts were told to stop, and this one was not: an agent whose workers end with exit code
+    0 takes the job to be done and closes it for all, while with another code it meets those that are left.
+    """
     with ExitStack() as stack:
         lease = world.on_main(lambda: run_folder.take(config, manifests, train.manifest["classes"]))
         if lease:
             stack.callback(lease.release)
-        restart = world.restart
+        restart = max(world.restart, lease.restarts) if lease else world.restart
         while True:
             try:
-                attempt(config, dataclasses.replace(world, restart=restart), train, val, num_classes, lease)
+                return attempt(config, dataclasses.replace(world, restart=restart), train, val, num_classes, lease)
             except RollBack:
                 restart += 1
                 if lease:
                     lease.begin_again()
-            else:
-                return
 
 
-def attempt(config: Config, world: World, train: Index, val: Index, num_classes: int, lease: Lease | None) -> None:
-    """Go on from the newest checkpoint, train, and leave a clean end. Raises RollBack on all ranks alike."""
+def attempt(config: Config, world: World, train: Index, val: Index, num_classes: int, lease: Lease | None) -> bool:
+    """Go on from the newest checkpoint, train, and leave a clean end. Raises RollBack on all ranks alike.
+
+    Returns what train_in returns.
+    """
     with ExitStack() as stack:
         trainer = Trainer(config, world, train, val, num_classes)
         stack.callback(trainer.close)
@@ -90,8 +120,11 @@ def attempt(config: Config, world: World, train: Index, val: Index, num_classes:
             trainer.reports.progress(trainer.checkpoints.newest)
             ended = trainer.run()
             trainer.saves.wait(trainer.state.epoch)
+            reasons: list[str | None] = [trainer.guard.reason or "a peer"]
             if ended == "paused":
-                message = trainer.why_paused()
+                with contextlib.suppress(RuntimeError):  # a peer in a hurry is gone, after the save of all
+                    reasons = world.gather(trainer.guard.reason)
+                message = why_stopped(reasons, trainer.is_saved)
             while ended == "finished" and not trainer.is_saved:
                 trainer.save(at_all_costs=True)
                 trainer.saves.wait(trainer.state.epoch)  # raises when the disk has refused three times in a row
@@ -116,6 +149,10 @@ def attempt(config: Config, world: World, train: Index, val: Index, num_classes:
                     timeout_s = min(timeout_s, max(1.0, trainer.deadline.left_s))
                 trainer.reports.tracker.close(outcome, message, timeout_s, needs_person=needs_person)
         trainer.saves.leave()
+        outcome_file.tell(outcome, message=message, is_saved=trainer.is_saved, is_deadline=DEADLINE in reasons)
+        if outcome == "finished" or os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+            return True
+        return DEADLINE in reasons or trainer.guard.reason is not None
 
 
 if __name__ == "__main__":

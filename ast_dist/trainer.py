@@ -29,7 +29,7 @@ from ast_dist.distributed import LaggedRead, World
 from ast_dist.errors import UserError
 from ast_dist.fault.checkpoint import Checkpoints, checkpoint_name
 from ast_dist.fault.deadline import Deadline, session_age_s
-from ast_dist.fault.guard import DEADLINE, Guard, why_stopped
+from ast_dist.fault.guard import DEADLINE, Guard
 from ast_dist.fault.lease import Lease
 from ast_dist.fault.nonfinite import NonFiniteSteps
 from ast_dist.fault.processes import local_peers
@@ -153,10 +153,6 @@ class Trainer:
                 goes_on = self._end_epoch(state.plan)
             if not goes_on:
                 return
-
-    def why_paused(self) -> str:
-        """Why the run ends with more to do, in one line, by whichever rank was told. All ranks must call."""
-        return why_stopped(self.world.gather(self.guard.reason), self.is_saved)
 
     def own(self, lease: Lease, checkpoint: str | None) -> None:
         """Begin to report in the run directory; rank 0 calls it once the state is the one to go on from."""

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import FrameType
 
 from ast_dist.fault.deadline import Deadline
@@ -16,6 +17,7 @@ from ast_dist.fault.processes import RankProcess, kill_stopped
 
 DEADLINE = "deadline"
 _PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _SECOND_CTRL_C_S = 1.0
 _LOOK_S = 0.2
@@ -71,6 +73,8 @@ class Guard:
         if self._first_signal_at is None:
             self._first_signal_at = now
             self.reason = signal.Signals(number).name
+            # Its save must not be cut short by an agent that leaves at a second signal; from here on the grace ends it.
+            outlive_parent()
         elif number == signal.SIGINT and now - self._first_signal_at > _SECOND_CTRL_C_S:
             # torchrun passes a terminal's Ctrl-C on, so the same key press may come twice within a moment.
             raise KeyboardInterrupt
@@ -108,7 +112,43 @@ def why_stopped(reasons: Sequence[str | None], is_saved: bool) -> str:
     return f"session deadline: {kept}; run the same command again"
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies: a killed agent would leave orphans that train on."""
+def signal_comes(within_s: float) -> bool:
+    """Wait for a signal that asks to stop, and return whether one came in time. In the main thread, without a Guard."""
+    came = threading.Event()
+    for number in _STOP_SIGNALS:
+        signal.signal(number, lambda *_: came.set())
+    deadline = time.monotonic() + within_s
+    # Short waits: a handler runs between two of them, not during one.
+    while not came.wait(0.05) and time.monotonic() < deadline:
+        pass
+    return came.is_set()
+
+
+def die_with_parent(ancestor: int | None = None) -> None:
+    """Ask the kernel to kill this process when its parent dies: a killed agent would leave orphans that train on.
+
+    ancestor: the process number of the agent, where it is known: it may have died before the kernel was asked.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if ancestor is not None and ancestor != os.getppid() and not _is_alive(ancestor):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def outlive_parent() -> None:
+    """Undo die_with_parent, which is a matter of the thread that called it: the main one."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, 0)
+
+
+def adopt_orphans() -> None:
+    """Ask the kernel to make this process the parent of descendants whose own parent dies, so that it can end them."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except FileNotFoundError:
+        return False

@@ -7,20 +7,19 @@ import socket
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 from ast_dist.errors import UserError
 
 LEASE_NAME = ".lease"
 _PATIENCE_S = 0.5
+_SILENCE_S = 2.0
 _BEAT = struct.Struct("<qd")
 
 
 def previous_launch(run_dir: Path) -> str | None:
     """The launch that the directory's present or last owner belonged to; None where there was none."""
-    try:
-        launch: str | None = json.loads((run_dir / LEASE_NAME).read_bytes()[_BEAT.size :]).get("launch")
-    except (OSError, ValueError):
-        return None
+    launch: str | None = _owner(run_dir).get("launch")
     return launch
 
 
@@ -28,25 +27,49 @@ class LostLeaseError(RuntimeError):
     """This process does not own its run directory any more."""
 
 
+def _owner(run_dir: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((run_dir / LEASE_NAME).read_bytes()[_BEAT.size :]))
+    except (OSError, ValueError, TypeError):
+        return {}
+
+
+def steps_done(run_dir: Path) -> tuple[int, int]:
+    """The heartbeat's steps, 0 before the first, and which heartbeat it is: a run that begins anew has another."""
+    try:
+        with (run_dir / LEASE_NAME).open("rb") as file:
+            raw = file.read(_BEAT.size)
+            return (_BEAT.unpack(raw)[0] if len(raw) == _BEAT.size else 0), os.fstat(file.fileno()).st_ino
+    except OSError:
+        return 0, 0
+
+
 class Lease:
     """Holds a run directory for this process until it ends, however it ends: the kernel drops the lock.
 
     The file's first 16 bytes are the heartbeat (steps done, int64; time, float64 seconds since 1970), the rest says
-    who the owner is, and which launch started it. Raises UserError when another process holds the directory.
+    who the owner is, and which launch started it. patience_s: how long to wait for the owner before. Raises UserError
+    when another process holds the directory.
+
+    Attributes: previous_beat (steps and time of the owner before, None without one), restarts (owners of the same
+    launch before this one: torchrun does not count those that hosts caused, and knows of no agent before itself).
     """
 
-    def __init__(self, run_dir: Path, launch: str = "") -> None:
+    def __init__(self, run_dir: Path, launch: str = "", patience_s: float = _PATIENCE_S) -> None:
         self._run_dir = run_dir
         path = run_dir / LEASE_NAME
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if not self._lock():
+        if not self._lock(patience_s):
             owner = os.pread(self._file, 4096, _BEAT.size).decode(errors="replace").strip()
             os.close(self._file)
             raise UserError(
                 f"{run_dir}: another process trains here ({owner}). Wait for it, stop it, or choose another --run-dir."
             )
         self.previous_beat = self._read()
-        self._owner = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "launch": launch}).encode()
+        before = _owner(run_dir)
+        self.restarts: int = before.get("restarts", 0) + 1 if launch and before.get("launch") == launch else 0
+        who = {"pid": os.getpid(), "host": socket.gethostname(), "launch": launch, "restarts": self.restarts}
+        self._owner = json.dumps(who).encode()
         os.ftruncate(self._file, _BEAT.size)
         os.pwrite(self._file, self._owner, _BEAT.size)
 
@@ -81,15 +104,20 @@ class Lease:
         """Let another process have the directory."""
         os.close(self._file)
 
-    def _lock(self) -> bool:
+    def _lock(self, patience_s: float) -> bool:
         # Whoever asks how the run stands holds a shared lock for a moment; a real owner holds on for longer.
-        patience = time.monotonic() + _PATIENCE_S
+        began = time.monotonic()
+        is_told = False
         while True:
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                if time.monotonic() > patience:
+                waited_s = time.monotonic() - began
+                if waited_s > patience_s:
                     return False
+                if waited_s > _SILENCE_S and not is_told:
+                    print(f"waiting up to {patience_s:g} s for the process that trained here before", flush=True)
+                    is_told = True
                 time.sleep(0.01)
             else:
                 return True
