@@ -12,6 +12,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from ast_dist import run_dir as run_folder
+from ast_dist import startup
 from ast_dist.allocator import keep_freed_memory
 from ast_dist.command_line import parse
 from ast_dist.config import Config
@@ -29,6 +30,7 @@ from ast_dist.trainer import Trainer
 
 def main(argv: Sequence[str]) -> int:
     """The command. Returns the exit code; raises UserError for what the user can mend."""
+    startup.note("imported_s")
     if "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
     config = parse(argv)
@@ -48,6 +50,7 @@ def main(argv: Sequence[str]) -> int:
     torch.backends.cudnn.benchmark = not config.loop.deterministic
     keep_freed_memory()
     world = World.start()
+    startup.note("joined_s")
     try:
         train_in(config, world, train, val, num_classes, manifests)
     except BaseException:
@@ -82,7 +85,9 @@ def attempt(config: Config, world: World, train: Index, val: Index, num_classes:
     with ExitStack() as stack:
         trainer = Trainer(config, world, train, val, num_classes)
         stack.callback(trainer.close)
+        startup.note("built_s")
         checkpoint = trainer.resume()
+        startup.note("loaded_s")
         world.on_main(lambda: trainer.own(lease, checkpoint) if lease else None)
         outcome: Literal["finished", "paused", "failed"] = "failed"
         message, needs_person = "", False
