@@ -32,8 +32,8 @@ from benchmarks.images import make_shard_set
 from benchmarks.result import RESULTS, ROOT, ResultFile, load
 
 # The parts, in the order of their rows in the file; the last one reads what the others measured.
-PARTS = ("recovery", "exact", "saving", "kills", "goodput", "goodput_5min", "prediction")
-_DEFAULT_PARTS = ("recovery", "exact", "saving", "kills", "goodput", "prediction")
+PARTS = ("recovery", "peers", "exact", "saving", "kills", "goodput", "goodput_5min", "prediction")
+_DEFAULT_PARTS = ("recovery", "peers", "exact", "saving", "kills", "goodput", "prediction")
 _KILL_EVERY_S = {"goodput": 60.0, "goodput_5min": 300.0}
 _WATCHDOG_S = 5.0
 _NUM_CLASSES = 10
@@ -46,7 +46,7 @@ class Arguments:
     data: Positional[tuple[Path, ...]] = ()
     """TRAIN VAL: folders of the training and the validation shards; nothing makes images up."""
     parts: tuple[str, ...] = _DEFAULT_PARTS
-    """What to measure: recovery, exact, saving, kills, goodput, goodput_5min, prediction."""
+    """What to measure: recovery, peers (their recovery), exact, saving, kills, goodput, goodput_5min, prediction."""
     tries: int = 5
     """Strikes of each fault."""
     kills: int = 200
@@ -143,7 +143,7 @@ class _Results:
         row: dict[str, Any] = {"part": part, "device": self.content["machine"]["gpu"] or "cpu"}
         try:
             row |= measure()
-        except (OSError, RuntimeError, subprocess.SubprocessError) as error:
+        except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
             row |= {"measure": part, "error": f"{type(error).__name__}: {error}"[:1000]}
         # More than the processes measured here means that others were at work, too.
         row |= {"took_s": time.monotonic() - began, "load_1min": os.getloadavg()[0]}
@@ -198,12 +198,13 @@ class _Bench:
         watched = our_tool("ast_dist", _agent, every_s, "--fault.watchdog-s", str(_WATCHDOG_S), by_hand=False)
         supervised = our_tool("ast_dist", _supervisor, every_s, by_hand=False)
         yield lambda: self._recover(ours, KILL_RANK)
-        yield lambda: self._recover(torchvision_tool(), KILL_RANK)
-        yield lambda: self._recover(lightning_tool(every_s), KILL_RANK)
-        yield lambda: self._recover(lightning_tool(0.0), KILL_RANK)
         yield lambda: self._recover(supervised, KILL_AGENT)
         yield lambda: self._recover(by_hand, TERMINATE)
         yield lambda: {**self._recover(watched, STOP_RANK), "watchdog_s": _WATCHDOG_S}
+
+    def peers(self) -> Iterator[Callable[[], dict[str, Any]]]:
+        for tool in (torchvision_tool(), lightning_tool(self._arguments.every_s), lightning_tool(0.0)):
+            yield lambda tool=tool: self._recover(tool, KILL_RANK)
 
     def exact(self) -> Iterator[Callable[[], dict[str, Any]]]:
         every_s = min(self._arguments.every_s, 5.0)
@@ -268,7 +269,10 @@ class _Bench:
         return {"measure": "exact", **row, "model": self.training.model}
 
     def _saving(self, training: Training, pairs: int) -> dict[str, Any]:
-        return measure_saving(training, self._new_folder(), segment_s=self._size.segment_s, pairs=pairs)
+        epoch_steps = -(-Index.open(training.train).num_samples // training.batch_size)
+        return measure_saving(
+            training, self._new_folder(), epoch_steps=epoch_steps, segment_s=self._size.segment_s, pairs=pairs
+        )
 
     def _kills(self, way: str) -> dict[str, Any]:
         arguments = [str(self._new_folder()), str(self._arguments.kills), str(self._arguments.seed)]

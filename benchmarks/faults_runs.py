@@ -76,10 +76,14 @@ class Job:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for pid in [self.process.pid, *self.workers().values()]:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(pid, signal.SIGKILL) if pid == self.process.pid else os.kill(pid, signal.SIGKILL)
+        self.process.kill()
         self.process.wait()
+        # A supervisor or an agent that was killed leaves what it started, which may start more.
+        while pids := self._pids():
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(POLL_S)
 
     def start_again(self) -> None:
         """The same command, once its process has ended."""
@@ -88,13 +92,11 @@ class Job:
     def workers(self) -> dict[int, int]:
         """Process numbers of the workers that live, by rank. They are found by what they run, orphans included."""
         found = {}
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                with contextlib.suppress(OSError, IndexError):
-                    if str(self.run_dir).encode() in (entry / "cmdline").read_bytes():
-                        environ = (entry / "environ").read_bytes().split(b"\0")
-                        rank = [value[5:] for value in environ if value.startswith(b"RANK=")]
-                        found[int(rank[0])] = int(entry.name)
+        for pid in self._pids():
+            with contextlib.suppress(OSError):
+                for value in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    if value.startswith(b"RANK="):
+                        found[int(value[5:])] = pid
         return found
 
     def agent(self) -> int:
@@ -170,6 +172,16 @@ class Job:
             return subprocess.Popen(
                 self._command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
+
+    def _pids(self) -> list[int]:
+        """All processes whose command names the run directory, but for those that only wait to be reaped."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    if str(self.run_dir).encode() in (entry / "cmdline").read_bytes():
+                        found.append(int(entry.name))
+        return found
 
     def _sessions(self) -> list[dict[str, Any]]:
         try:

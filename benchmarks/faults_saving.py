@@ -22,13 +22,15 @@ _FOREVER = 1_000_000
 _EVERY_S = (120.0, 10.0)
 
 
-def measure_saving(training: Training, folder: Path, *, segment_s: float, pairs: int) -> dict[str, Any]:
+def measure_saving(
+    training: Training, folder: Path, *, epoch_steps: int, segment_s: float, pairs: int
+) -> dict[str, Any]:
     """Train in segments of about segment_s, every other one of which begins with a save. Returns a row.
 
     stall_ms: how long the loop of rank 0 waits. total_ms: by how much the segment with a save takes longer than the
-    mean of its two neighbours without one; what threads do in the background is in it, as is the machine's noise, whose
+    mean of its neighbours without one; what threads do in the background is in it, as is the machine's noise, whose
     standard error is total_sem_ms. commit_s: from the stage folder's making to the rename. verify_s: hashing every
-    file. load_s: verifying and reading all of it.
+    file. load_s: verifying and reading all of it. epoch_steps: steps of an epoch. pairs: about so many saves.
     """
 
     def tool(save_steps: int, row_steps: int) -> Any:
@@ -37,16 +39,20 @@ def measure_saving(training: Training, folder: Path, *, segment_s: float, pairs:
 
     with Job(tool(0, 1_000_000), training, folder / "pace", _FOREVER) as job:
         job.wait_for(lambda: job.steps_done() >= 3, "step 3")
-        before = job.steps_done()
+        before, began = job.steps_done(), time.monotonic()
         job.let_run(max(segment_s, 2.0))
-        steps = max(1, job.steps_done() - before)
+        steps_per_s = (job.steps_done() - before) / (time.monotonic() - began)
+    # An epoch's end cuts into two segments, and some must be left.
+    steps = max(1, min(round(segment_s * steps_per_s), epoch_steps // 6))
     with Job(tool(2 * steps, steps), training, folder / "run", _FOREVER) as job:
-        # One pair more: the first segment holds the start.
-        commits = _watch_commits(job, (2 * pairs + 3) * steps)
+        # The first segment holds the start, and the last save needs a segment after it.
+        commits = _watch_commits(job, round((2 * pairs + 2) * steps / (1.0 - 2.0 * steps / epoch_steps)))
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     costs_ms, plain_ms = paired_costs_ms(rows, steps)
     stalls_ms = [row["perf/ckpt_stall_ms"] for row in rows if "perf/ckpt_stall_ms" in row]
     newest = commit.committed(folder / "run" / "checkpoints")[-1]
+    if not costs_ms:
+        raise RuntimeError(f"no segment of {steps} steps is whole, in epochs of {epoch_steps} steps")
     stall_ms, total_ms = statistics.median(stalls_ms), statistics.median(costs_ms)
     return {
         "tool": "ast_dist",
@@ -85,9 +91,9 @@ def paired_costs_ms(rows: Sequence[dict[str, Any]], steps: int) -> tuple[list[fl
             segment_ms[row["global_step"]] = steps * row["perf/step_ms"]
     costs_ms = []
     for step, milliseconds in segment_ms.items():
-        neighbours = [segment_ms.get(step - steps), segment_ms.get(step + steps)]
-        if step % (2 * steps) == steps and None not in neighbours:
-            costs_ms.append(milliseconds - statistics.mean(filter(None, neighbours)))
+        neighbours = [segment_ms[other] for other in (step - steps, step + steps) if other in segment_ms]
+        if step % (2 * steps) == steps and neighbours:
+            costs_ms.append(milliseconds - statistics.mean(neighbours))
     return costs_ms, [value / steps for step, value in segment_ms.items() if step % (2 * steps) == 0]
 
 
