@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from ast_dist.config import GateConfig, ModelConfig
@@ -35,16 +36,16 @@ from ast_dist.model import build_model
 from benchmarks.faults_peers import peer_optimizer
 from benchmarks.faults_torchvision import save_epoch
 
-# A save of these states takes 10 to 200 ms: every kill falls into one, early, late or between.
-_WINDOW_S = 0.4
+# A kill comes at a random moment of the time that so many saves take, the first ones of a process: in one or between.
+_WINDOW_SAVES = 3
 _PATIENCE_S = 60.0
 _NUM_SAMPLES = 50_000
 _KEPT_EPOCHS = 3
 
 # A child's report: what it resumed from, before it begins to save.
 Report = dict[str, Any]
-# Resume from a folder, report, and save for ever. Never returns.
-Way = Callable[[Path, TrainState, Callable[[Report], None]], None]
+# Resume from a folder, report, and save for ever, calling back after each save. Never returns.
+Way = Callable[[Path, TrainState, Callable[[Report], None], Callable[[], None]], None]
 
 
 def main(argv: list[str]) -> None:
@@ -53,18 +54,16 @@ def main(argv: list[str]) -> None:
     torch.set_num_threads(1)
     state = _state(width)
     generator = random.Random(seed)
-    reports = []
-    for _ in range(kills):
-        report, pid = _child(WAYS[way], folder, state)
-        reports.append(report)
-        time.sleep(generator.uniform(0.0, _WINDOW_S))
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
-    report, pid = _child(WAYS[way], folder, state)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    # The first child had nothing to resume from.
-    found = [*reports[1:], report]
+    found = []
+    with _Child(WAYS[way], folder, state) as child:
+        # It had nothing to resume from.
+        window_s = child.saving_s(_WINDOW_SAVES)
+        time.sleep(generator.uniform(0.0, window_s))
+    for kill in range(1, kills + 1):
+        with _Child(WAYS[way], folder, state) as child:
+            found.append(child.report)
+            if kill < kills:
+                time.sleep(generator.uniform(0.0, window_s))
     row = {
         "tool": way,
         "tries": kills,
@@ -73,41 +72,72 @@ def main(argv: list[str]) -> None:
         "mixed": sum(one["mixed"] for one in found),
         "saves": found[-1]["step"],
         "checkpoint_mb": found[-1]["bytes"] / 1e6,
+        "window_s": window_s,
         "seed": seed,
     }
     print(json.dumps(row))
 
 
-def _child(way: Way, folder: Path, state: TrainState) -> tuple[Report, int]:
-    """Fork a child that resumes and saves; return what it reported and its process number, while it goes on."""
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if pid == 0:
+class _Child:
+    """A forked process that resumes, reports, and saves until the block's end, where it is killed."""
+
+    def __init__(self, way: Way, folder: Path, state: TrainState) -> None:
+        self._read_end, write_end = os.pipe()
+        self._pid = os.fork()
+        if self._pid == 0:
+            _run_child(way, folder, state, write_end)
+        os.close(write_end)
+        self.report: Report = {}
+
+    def __enter__(self) -> "_Child":
         try:
-            os.close(read_end)
-            way(folder, state, lambda report: _send(write_end, report))
-        except BaseException:  # noqa: BLE001 - a forked child must not go on as its parent
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    os.close(write_end)
-    try:
-        if not select.select([read_end], [], [], _PATIENCE_S)[0]:
-            os.kill(pid, signal.SIGKILL)
+            raw = b""
+            while not raw.endswith(b"\n"):
+                raw += self._read(1)
+            self.report = json.loads(raw)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.kill(self._pid, signal.SIGKILL)
+        os.waitpid(self._pid, 0)
+        os.close(self._read_end)
+
+    def saving_s(self, saves: int) -> float:
+        """Seconds that its next so many saves take."""
+        began, left = time.monotonic(), saves
+        while left > 0:
+            left -= len(self._read(left))
+        return time.monotonic() - began
+
+    def _read(self, most: int) -> bytes:
+        if not select.select([self._read_end], [], [], _PATIENCE_S)[0]:
             raise RuntimeError(f"a child said nothing for {_PATIENCE_S:g} s")
-        raw = os.read(read_end, 65536)
+        raw = os.read(self._read_end, most)
+        if not raw:
+            raise RuntimeError("a child ended by itself: its traceback stands above")
+        return raw
+
+
+def _write(descriptor: int, data: bytes) -> None:
+    os.write(descriptor, data)
+
+
+def _run_child(way: Way, folder: Path, state: TrainState, write_end: int) -> None:
+    """What a forked child does until it is killed; what it raises, it prints."""
+    try:
+        way(
+            folder,
+            state,
+            lambda report: _write(write_end, f"{json.dumps(report)}\n".encode()),
+            lambda: _write(write_end, b"."),
+        )
+    except BaseException:  # noqa: BLE001 - a forked child must not go on as its parent
+        traceback.print_exc()
     finally:
-        os.close(read_end)
-    if not raw:
-        os.waitpid(pid, 0)
-        raise RuntimeError("a child ended without a word: its traceback stands above")
-    report: Report = json.loads(raw)
-    return report, pid
-
-
-def _send(descriptor: int, report: Report) -> None:
-    os.write(descriptor, json.dumps(report).encode())
-    os.close(descriptor)
+        os._exit(1)
 
 
 def _state(width: int) -> TrainState:
@@ -147,7 +177,7 @@ def _report(state: TrainState, size: int, *, unloadable: bool, nothing_loads: bo
     }
 
 
-def _save_ours(folder: Path, state: TrainState, report: Callable[[Report], None]) -> None:
+def _save_ours(folder: Path, state: TrainState, report: Callable[[Report], None], saved: Callable[[], None]) -> None:
     world = World.start()
     checkpoints = Checkpoints(folder, world, keep_last=3)
     with warnings.catch_warnings():
@@ -163,9 +193,12 @@ def _save_ours(folder: Path, state: TrainState, report: Callable[[Report], None]
         state.global_step += 1
         _fill(state)
         checkpoints.save(state)
+        saved()
 
 
-def _save_torchvision(folder: Path, state: TrainState, report: Callable[[Report], None]) -> None:
+def _save_torchvision(
+    folder: Path, state: TrainState, report: Callable[[Report], None], saved: Callable[[], None]
+) -> None:
     newest = folder / "checkpoint.pth"
     # What --resume is given; a person would then try the numbered ones.
     numbered = sorted(folder.glob("model_*.pth"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
@@ -178,11 +211,12 @@ def _save_torchvision(folder: Path, state: TrainState, report: Callable[[Report]
         save_epoch(_content(state), folder, state.global_step)
         # The reference keeps them all; a benchmark's disk does not.
         (folder / f"model_{state.global_step - _KEPT_EPOCHS}.pth").unlink(missing_ok=True)
+        saved()
 
 
-def _save_lightning(folder: Path, state: TrainState, report: Callable[[Report], None]) -> None:
-    from lightning.fabric.plugins.io import TorchCheckpointIO
-
+def _save_lightning(
+    folder: Path, state: TrainState, report: Callable[[Report], None], saved: Callable[[], None]
+) -> None:
     plugin = TorchCheckpointIO()
     newest = folder / "last.ckpt"
     others = sorted(folder.glob("step=*.ckpt"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
@@ -196,6 +230,7 @@ def _save_lightning(folder: Path, state: TrainState, report: Callable[[Report], 
         plugin.save_checkpoint(_content(state), folder / f"step={state.global_step}.ckpt")
         (folder / f"step={state.global_step - 1}.ckpt").unlink(missing_ok=True)
         plugin.save_checkpoint(_content(state), newest)
+        saved()
 
 
 def _content(state: TrainState) -> dict[str, Any]:
