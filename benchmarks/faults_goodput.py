@@ -82,7 +82,7 @@ def measure_goodput(
                 job.wait_for(lambda: len(job.workers()) == training.processes, "all workers")
                 KILL_RANK.strike(job, generator)
         # A job that is just starting again has lost what it will repeat.
-        job.wait_for(lambda: len(job.first_steps()) >= len(job.starts()) - 1, "a first step")
+        job.wait_for(lambda: job.has_recovered, "a first step")
         wall_s = time.monotonic() - began
         steps = job.steps_done() - first_step
         repeated = sum(row["steps_repeated"] for row in job.starts())

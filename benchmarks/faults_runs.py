@@ -116,6 +116,12 @@ class Job:
         """One row for each first step after a fault."""
         return [row for row in self._sessions() if row.get("event") == "first_step"]
 
+    @property
+    def has_recovered(self) -> bool:
+        """Whether the newest start has done its first step, or there was but one."""
+        rows = [row for row in self._sessions() if row.get("event") != "save"]
+        return len(self.starts()) == 1 or (bool(rows) and "event" in rows[-1])
+
     def wait_for(self, condition: Callable[[], _Found], what: str, poll_s: float = POLL_S) -> _Found:
         """Watch until the condition gives something true, and return it; start a tool again that a person must start.
 
