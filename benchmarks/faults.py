@@ -350,7 +350,7 @@ class _Bench:
 
 
 def _agent(processes: int) -> list[str]:
-    """What launch/torchrun.sh starts on one host."""
+    """torchrun as launch/torchrun.sh starts it on one host, but with the peers' monitor interval."""
     return torchrun(processes, 1_000_000)
 
 

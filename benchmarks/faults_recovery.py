@@ -86,8 +86,6 @@ def recover(
     for part in _PARTS:
         row[f"{part}_median"] = statistics.median(one[part] for one in found)
         row[f"{part}_max"] = max(one[part] for one in found)
-    if "verify_s" in found[0]:
-        row["verify_s_median"] = statistics.median(one["verify_s"] for one in found)
     return {**row, "by_hand": tool.by_hand, "seed": training.seed}
 
 
@@ -104,7 +102,7 @@ def _strike(job: Job, fault: Fault, generator: random.Random) -> dict[str, float
         raise RuntimeError(f"{len(job.starts()) - starts} starts after one strike: {job.last_lines()}")
     began_at, started = start["started"]["began_at"], start["started"]
     first_step_at = began_at + first_step["first_step_s"]
-    found = {
+    return {
         "steps_lost": start["steps_repeated"],
         "recovery_s": first_step_at - struck_at,
         "detect_s": gone_at - struck_at,
@@ -112,9 +110,6 @@ def _strike(job: Job, fault: Fault, generator: random.Random) -> dict[str, float
         "load_s": started["loaded_s"] - started["imported_s"],
         "first_step_s": first_step["first_step_s"] - started["loaded_s"],
     }
-    if "verified_s" in started:
-        found["verify_s"] = started["verified_s"] - started["built_s"]
-    return found
 
 
 def compare_ends(tool: Tool, training: Training, folder: Path, *, epochs: int, kill_at_step: int) -> dict[str, Any]:
