@@ -17,6 +17,8 @@ from benchmarks.faults_record import END_NAME, hash_tensors
 from benchmarks.faults_runs import Job, Tool, Training, is_alive
 
 _FOREVER = 1_000_000
+# A little above 1: now and then a save comes in between.
+_BETWEEN = (0.1, 1.3)
 _PARTS = ("detect_s", "restart_s", "load_s", "first_step_s")
 
 
@@ -52,13 +54,12 @@ TERMINATE = Fault("SIGTERM to the agent", _terminate)
 STOP_RANK = Fault("SIGSTOP of a rank", _stop_rank)
 
 
-def recover(
-    tool: Tool, fault: Fault, training: Training, run_dir: Path, *, tries: int, between_s: tuple[float, float]
-) -> dict[str, Any]:
+def recover(tool: Tool, fault: Fault, training: Training, run_dir: Path, *, tries: int) -> dict[str, Any]:
     """Strike one job `tries` times. Returns a row.
 
-    between_s: the bounds of the time that it trains between a first step and the next strike, drawn from the
-    training's seed, so that all tools are struck after the same times. The first strike waits for a checkpoint.
+    The first strike waits for a checkpoint, and how long that took from the first step is the tool's interval, in
+    seconds. Between a first step and the next strike lies a random part of it (_BETWEEN), drawn from the training's
+    seed, the same part for all tools: a tool that saves once an epoch is struck anywhere in one.
 
     steps_lost: steps done before the strike that had to be done again. recovery_s: from the strike to the end of the
     first step after it. Its parts: detect_s until the old workers are gone, restart_s until rank 0 of the new ones has
@@ -68,14 +69,18 @@ def recover(
     generator = random.Random(training.seed)
     found: list[dict[str, float]] = []
     with Job(tool, training, run_dir, _FOREVER) as job:
+        job.wait_for(lambda: job.steps_done() >= 1, "a step")
+        began = time.monotonic()
         job.wait_for(lambda: any(run_dir.glob(tool.saved)), "a checkpoint")
+        interval_s = time.monotonic() - began
         for _ in range(tries):
-            job.let_run(generator.uniform(*between_s))
+            job.let_run(generator.uniform(*_BETWEEN) * interval_s)
             found.append(_strike(job, fault, generator))
     row: dict[str, Any] = {
         "tool": tool.name,
         "fault": fault.name,
         "saves": tool.saves,
+        "interval_s": interval_s,
         "tries": tries,
         "unloadable": len(list(run_dir.glob("checkpoints/.corrupt-*"))),
         "steps_lost_median": statistics.median(one["steps_lost"] for one in found),

@@ -277,6 +277,7 @@ TABLES: dict[str, Table] = {
             Column("trained by", "tool", _text),
             Column("fault", "fault", _text),
             Column("saves", "saves", _text),
+            Column("interval, s", "interval_s", _decimal),
             Column("tries", "tries", _count),
             Column("checkpoints damaged", "unloadable", _count),
             Column("steps repeated, median", "steps_lost_median", _count),

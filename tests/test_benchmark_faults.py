@@ -39,9 +39,9 @@ OURS = our_tool("ast_dist", lambda processes: torchrun(processes, 10), 0.5, by_h
 def test_a_strike_is_timed_to_the_next_first_step_and_its_parts_add_up(
     training: Training, tmp_path: Path, tool: Tool
 ) -> None:
-    row = recover(tool, KILL_RANK, training, tmp_path / "run", tries=1, between_s=(0.2, 0.4))
+    row = recover(tool, KILL_RANK, training, tmp_path / "run", tries=1)
     assert row["tries"] == 1 and row["unloadable"] == 0
-    assert 0 <= row["steps_lost_max"] <= 2000
+    assert row["interval_s"] > 0.0 and row["steps_lost_max"] >= row["steps_lost_median"] >= 0
     parts = [row[f"{part}_median"] for part in ("detect_s", "restart_s", "load_s", "first_step_s")]
     assert all(part > 0.0 for part in parts)
     assert sum(parts) == pytest.approx(row["recovery_s_median"], abs=0.01)
@@ -118,7 +118,7 @@ def test_a_part_replaces_its_own_rows_and_leaves_the_others_saying_where_they_ar
     old = [
         {"part": "prediction", "measure": "prediction", "mtbf_of": "nobody"},
         {**save, "total_ms": 50.0, "stall_ms": 20.0, "commit_s": 0.3, "step_ms": 400.0, "stall_max_ms": 30.0},
-        {**fault, "saves": "every 10 s", "recovery_s_median": 7.0, "tries": 5},
+        {**fault, "saves": "every 10 s", "interval_s": 10.0, "recovery_s_median": 7.0, "tries": 5},
     ]
     path.write_text(json.dumps({"commit": "abc", "date": "2026", "command": "c", "rows": old}))
     assert main(["--toy", "--parts", "prediction", "--out", str(tmp_path)]) == 0
