@@ -8,6 +8,7 @@ images of that size are made up. The parts can be run apart: each replaces its o
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -361,4 +362,6 @@ def _command(arguments: Arguments) -> str:
 
 
 if __name__ == "__main__":
+    # Its trainings run in sessions of their own: whoever ends this must end them, too.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     sys.exit(run_command(main))
