@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ast_dist import run_dir as run_folder
+from ast_dist import startup
 from ast_dist.candidates import Candidates
 from ast_dist.clock import Clock
 from ast_dist.config import Config
@@ -64,6 +65,7 @@ class Reports:
             previous_beat=lease.previous_beat,
             session=state.session,
             versions=run_folder.versions(),
+            started=startup.parts(),
             num_samples=state.num_samples,
             info={
                 "run": str(run_dir),

@@ -22,6 +22,7 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from ast_dist import run_dir as run_folder
+from ast_dist import startup
 from ast_dist.allocator import keep_freed_memory
 from ast_dist.command_line import parse
 from ast_dist.config import Config
@@ -41,6 +42,7 @@ _PEER_PATIENCE_S = 3.0
 
 def main(argv: Sequence[str]) -> int:
     """The command. Returns the exit code; raises UserError for what the user can mend."""
+    startup.note("imported_s")
     try:
         return _train(argv)
     except UserError as error:
@@ -73,6 +75,7 @@ def _train(argv: Sequence[str]) -> int:
     torch.backends.cudnn.benchmark = not config.loop.deterministic
     keep_freed_memory()
     world = World.start()
+    startup.note("joined_s")
     try:
         is_over = train_in(config, world, train, val, num_classes, manifests)
     except BaseException:
@@ -112,7 +115,9 @@ def attempt(config: Config, world: World, train: Index, val: Index, num_classes:
     with ExitStack() as stack:
         trainer = Trainer(config, world, train, val, num_classes)
         stack.callback(trainer.close)
+        startup.note("built_s")
         checkpoint = trainer.resume()
+        startup.note("loaded_s")
         world.on_main(lambda: trainer.own(lease, checkpoint) if lease else None)
         outcome: Literal["finished", "paused", "failed"] = "failed"
         message, needs_person = "", False

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ast_dist import startup
 from ast_dist.config import Config, to_dict
 from ast_dist.errors import UserError
 from ast_dist.track.console import Console
@@ -89,6 +90,7 @@ class Tracker:
         previous_beat: tuple[int, float] | None = None,
         session: Row | None = None,
         versions: Row | None = None,
+        started: Row | None = None,
         info: Row | None = None,
         num_samples: int | None = None,
     ) -> None:
@@ -96,8 +98,9 @@ class Tracker:
 
         checkpoint: the name of the one that was restored, None at a start from nothing. previous_beat: steps done by
         the process before, and its last sign of life (seconds since 1970). session: what the checkpoint keeps for
-        the tracker, total_s and history_bytes. versions: of the packages. info: shown on the console. num_samples:
-        size of the training set, by which the dashboard turns skipped samples into a share.
+        the tracker, total_s and history_bytes. versions: of the packages. started: when this process began,
+        and how long it took to get here. info: shown on the console. num_samples: size of the training set, by which
+        the dashboard turns skipped samples into a share.
         A metrics.jsonl that is not the checkpoint's is set aside, with a warning.
         """
         kept = dict(session or {}) if checkpoint else {}
@@ -118,6 +121,7 @@ class Tracker:
             "steps_repeated": repeated,
             "checkpoint": checkpoint,
             "versions": dict(versions or {}),
+            **({"started": dict(started)} if started else {}),
         }
         self._progress |= {"step": resumed_from_step, "checkpoint": checkpoint, "num_samples": num_samples}
         self._keep(self._sessions, self._start_row)
@@ -136,7 +140,8 @@ class Tracker:
         if self._last_sign_of_life is not None:
             row = {key: self._start_row[key] for key in ("session", "restart")}
             recovery_s = max(0.0, time.time() - self._last_sign_of_life)
-            self._keep(self._sessions, {**row, "event": "first_step", "recovery_s": round(recovery_s, 3)})
+            times = {"recovery_s": round(recovery_s, 3), "first_step_s": round(startup.age_s(), 3)}
+            self._keep(self._sessions, {**row, "event": "first_step", **times})
 
     def step(self, row: Row) -> None:
         """Take a step row. Its kind, its session and the time spent are filled in."""

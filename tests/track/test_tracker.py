@@ -72,7 +72,8 @@ def test_a_restart_cuts_rows_past_the_checkpoint_and_counts_what_was_repeated(tm
 
     after = make_tracker(run_dir, restart=1, quiet=True)
     beat = (23, time.time() - 4.0)
-    after.start("step-00000010", resumed_from_step=10, previous_beat=beat, session=session)
+    started = {"began_at": 1.5, "imported_s": 2.5}
+    after.start("step-00000010", resumed_from_step=10, previous_beat=beat, session=session, started=started)
     after.first_step()
     after.step({**STEP, "global_step": 20})
     after.close("paused", "asked to")
@@ -85,7 +86,9 @@ def test_a_restart_cuts_rows_past_the_checkpoint_and_counts_what_was_repeated(tm
     assert told == {
         **{"session": 1, "restart": 1, "last_step_before": 23, "steps_repeated": 13, "checkpoint": "step-00000010"}
     }
-    recovery_s = first_step.pop("recovery_s")
+    assert start["started"] == {"began_at": 1.5, "imported_s": 2.5}
+    recovery_s, first_step_s = first_step.pop("recovery_s"), first_step.pop("first_step_s")
+    assert 0.0 < first_step_s < time.clock_gettime(time.CLOCK_BOOTTIME)
     assert first_step == {"session": 1, "restart": 1, "event": "first_step"} and recovery_s >= 4.0
     progress = read_progress(run_dir)
     assert (progress["sessions"], progress["restarts"], progress["state"]) == (1, 1, "paused")
