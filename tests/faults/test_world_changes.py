@@ -36,7 +36,7 @@ def test_2_to_3_to_1_processes_in_mid_epoch_train_each_sample_exactly_once_an_ep
             else:
                 run.job.send_signal(by)
                 run.end()
-                assert run.progress()["message"] == "SIGTERM: saved, nothing lost"
+                assert run.progress()["message"] == "SIGTERM: preempted, nothing lost"
         start = run.starts()[-1]
         assert start["world_size"] == world_size
         if by == signal.SIGTERM:
