@@ -29,6 +29,8 @@ NUM_SAMPLES = 240
 EPOCHS = 16
 STEPS_A_FULL_EPOCH = NUM_SAMPLES // GLOBAL_BATCH_SIZE
 SAVE_STEPS = 7
+# An interval, and another where the save at its beginning was still under way beside the training.
+MOST_REPEATED = 2 * SAVE_STEPS
 # What the trainer promises on any machine, importing torch and loading included.
 RECOVERY_S = 10.0
 
@@ -200,7 +202,7 @@ class Strike:
     @property
     def most_repeated(self) -> int:
         """Steps that may have to be done again: an interval, and where the last save was still under way another."""
-        return SAVE_STEPS if self.is_saved else 2 * SAVE_STEPS
+        return SAVE_STEPS if self.is_saved else MOST_REPEATED
 
 
 class Faults:
