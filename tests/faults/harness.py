@@ -19,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
+from ast_dist.fault.commit import committed
 from ast_dist.track.history import read as read_rows
 from tests import launching, training
 from tests.launching import PATIENCE_S, heartbeat, steps_done
@@ -28,6 +29,8 @@ NUM_SAMPLES = 240
 EPOCHS = 16
 STEPS_A_FULL_EPOCH = NUM_SAMPLES // GLOBAL_BATCH_SIZE
 SAVE_STEPS = 7
+# An interval, and another where the save at its beginning was still under way beside the training.
+MOST_REPEATED = 2 * SAVE_STEPS
 # What the trainer promises on any machine, importing torch and loading included.
 RECOVERY_S = 10.0
 
@@ -128,6 +131,11 @@ class Run:
         """Steps done, by the run's heartbeat."""
         return steps_done(self.run_dir)
 
+    def saved_step(self) -> int:
+        """The step of the newest committed checkpoint, 0 where there is none."""
+        names = [path.name for path in committed(self.run_dir / "checkpoints")]
+        return int(names[-1].removeprefix("step-")) if names else 0
+
     def progress(self) -> dict[str, Any]:
         """What progress.json says."""
         return training.progress(self.run_dir)
@@ -178,14 +186,23 @@ class Run:
 
 @dataclass
 class Strike:
-    """One fault: asked for at `step` of `rank`; it hit when `seen` steps were done, and `recovery_s` seconds later
-    the next process had done a step."""
+    """One fault: asked for at `step` of `rank`.
+
+    It hit when `seen` steps were done, and `recovery_s` seconds later the next process had done a step. is_saved:
+    whether the save that was due last was committed by then: a save goes on beside the training.
+    """
 
     rank: int
     step: int
     number: signal.Signals
     seen: int = 0
+    is_saved: bool = True
     recovery_s: float = 0.0
+
+    @property
+    def most_repeated(self) -> int:
+        """Steps that may have to be done again: an interval, and where the last save was still under way another."""
+        return SAVE_STEPS if self.is_saved else MOST_REPEATED
 
 
 class Faults:
@@ -206,6 +223,7 @@ class Faults:
             self.run.wait_for_step(strike.step)
             pids = self.run.all_pids()
             owner, strike.seen, began = self._owner(), self.run.step, time.time()
+            strike.is_saved = self.run.saved_step() >= strike.seen // SAVE_STEPS * SAVE_STEPS
             os.kill(pids[strike.rank], strike.number)
             strike.recovery_s = self._first_beat(owner, began) - began
             print(strike)

@@ -107,16 +107,16 @@ def test_a_run_whose_newest_checkpoints_are_damaged_goes_on_from_the_one_before_
     assert state_hash(run_dir) == reference.sha256
 
 
-def test_a_run_all_of_whose_checkpoints_are_damaged_says_so_and_starts_from_the_beginning(
-    shards: Path, stopped: Path, tmp_path: Path, unfaulted: Callable[[int], Reference], rng: random.Random
+def test_a_run_all_of_whose_checkpoints_are_damaged_does_not_start_anew_unasked(
+    shards: Path, stopped: Path, tmp_path: Path, rng: random.Random
 ) -> None:
-    reference, run_dir = unfaulted(2), tmp_path / "run"
+    run_dir = tmp_path / "run"
     shutil.copytree(stopped, run_dir)
     all_of_them = committed(run_dir / "checkpoints")
     for checkpoint in all_of_them:
         flip_a_bit(checkpoint / "manifest.json", rng)
-    with Run(words(shards, run_dir), world_size=2) as run:
-        output = run.finish()
-    assert output.count("moved to .corrupt-") == len(all_of_them)
-    assert run.starts()[-1]["checkpoint"] is None
-    assert state_hash(run_dir) == reference.sha256
+    with Run(words(shards, run_dir)) as run:
+        output = run.finish(expected=2)
+    assert f"none of its {len(all_of_them)} checkpoints is sound" in output
+    assert "--resume never" in output
+    assert committed(run_dir / "checkpoints") == all_of_them, "nothing is touched: a person may still mend it"

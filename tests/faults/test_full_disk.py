@@ -43,10 +43,12 @@ def fill(disk: Path) -> Path:
     return ballast
 
 
-def numbers_told(output: str) -> list[tuple[float, float]]:
-    """Free and needed megabytes in each warning of a save that was refused."""
-    found = re.findall(r"was not saved \((?:[^)]*?)([\d,.]+) MB needed.*?([\d,.]+) MB are free", output)
-    return [(float(free.replace(",", "")), float(needed.replace(",", ""))) for needed, free in found]
+def bytes_told(output: str) -> list[tuple[int, int]]:
+    """Needed and free bytes in each line that tells of a save that was refused."""
+    lines = [line for line in output.splitlines() if "was not saved" in line]
+    found = [re.search(r"it needs ([\d,]+) bytes, (?:but|and) ([\d,]+) are free", line) for line in lines]
+    assert all(found), lines
+    return [tuple(int(number.replace(",", "")) for number in match.groups()) for match in found]
 
 
 def test_a_full_disk_is_told_in_numbers_and_training_goes_on_until_the_third_refusal(
@@ -60,10 +62,10 @@ def test_a_full_disk_is_told_in_numbers_and_training_goes_on_until_the_third_ref
         code = run.end()
         output = run.output
     assert code != 0
-    assert output.count("was not saved") >= 2
     assert "failure 3 in a row" in output
     assert run.step > step, "training went on"
-    assert len(numbers_told(output)) >= 2
+    assert len(told := bytes_told(output)) >= 3
+    assert all(free <= 2 * LEFT_BYTES < needed for needed, free in told)
     newest = commit.committed(run_dir / "checkpoints")[-1]
     read(newest)  # raises where it does not verify
     assert f"the last good one is {newest.name}" in output

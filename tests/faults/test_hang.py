@@ -12,6 +12,7 @@ import pytest
 
 from ast_dist.track.history import read as read_rows
 from tests import training
+from tests.faults.harness import MOST_REPEATED
 from tests.launching import finish, start, steps_done, wait_for
 from tests.training import state_hash, write_shards
 
@@ -85,7 +86,7 @@ def test_a_stopped_rank_is_named_killed_and_restarted_within_the_time_out_and_10
     assert "forcefully exiting" not in output, "torchrun kills, too, but 30 s after its SIGTERM"
     assert "all_reduce" in output, "the stacks show what was waited for"
     assert all(s <= limit_s + RESTART_S for s, limit_s in zip(recoveries_s, limits_s, strict=True))
-    assert all(row.get("steps_repeated", 0) <= 7 for row in read_rows(stopped / "sessions.jsonl"))
+    assert all(row.get("steps_repeated", 0) <= MOST_REPEATED for row in read_rows(stopped / "sessions.jsonl"))
 
 
 def first_steps(run_dir: Path) -> list[float]:

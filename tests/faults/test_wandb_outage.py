@@ -18,10 +18,12 @@ LONGEST_STEP_S = 5.0
 LONGEST_END_S = 60.0
 
 
-def start(shards: Path, run_dir: Path, server: WandbServer) -> Run:
+def start(shards: Path, run_dir: Path, server: WandbServer, epochs: int = 30) -> Run:
     home = run_dir.parent / "home"
     home.mkdir(exist_ok=True)
-    argv = words(shards, run_dir, "--track.wandb", "online", "--loop.epochs", "30", "--checkpoint.every-steps", "0")
+    argv = words(
+        shards, run_dir, "--track.wandb", "online", "--loop.epochs", str(epochs), "--checkpoint.every-steps", "0"
+    )
     return Run(argv, environment={**server.environment, "HOME": str(home)})
 
 
@@ -81,7 +83,9 @@ def test_a_server_that_goes_away_midway_slows_no_step_and_the_run_can_be_sent_la
         runs = []
         for number in range(5):
             server = stack.enter_context(wandb_server())
-            runs.append((stack.enter_context(start(shards, tmp_path / f"run-{number}", server)), server))
+            # Long enough that W&B has begun and sent a row well before the end.
+            run = start(shards, tmp_path / f"run-{number}", server, epochs=100)
+            runs.append((stack.enter_context(run), server))
         for number, (run, server) in enumerate(runs):
             run.wait_until(lambda server=server: server.rows, "a row at the server")
             run.wait_for_step(run.step + rng.randrange(1, 50))
