@@ -229,7 +229,7 @@ class FaultConfig:
     where it hung; 0 waits for ever."""
     nonfinite_steps: int = 5
     """Steps in a row whose loss is NaN or infinite that are skipped; one more, and the run goes back to its last
-    checkpoint, once, and then stops."""
+    checkpoint, once an epoch, and then stops."""
 
     def __post_init__(self) -> None:
         require(self.watchdog_s >= 0, f"fault.watchdog_s is {self.watchdog_s:g}, but must be at least 0.")
@@ -303,7 +303,7 @@ class Config:
         )
 
 
-# Fields that may change between the sessions of one run, because no trained weight depends on them.
+# Fields that may change between the sessions of one run: where, how fast and how safely it trains, not what.
 FREE_BETWEEN_SESSIONS = {
     *("run_dir", "preset", "config", "resume", "dry_run", "checkpoint", "fault", "session", "track"),
     *("data.train", "data.val", "data.cache", "data.cache_mb", "data.threads", "data.prefetch_batches"),

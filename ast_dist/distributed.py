@@ -15,6 +15,8 @@ from torch import Tensor
 from ast_dist.errors import UserError
 
 _TIMEOUT = timedelta(minutes=10)
+# A large checkpoint may take long to hash and to sync on a slow disk; whether it hangs is judged elsewhere.
+_SAVE_TIMEOUT = timedelta(hours=2)
 _GLOO_THREADS = 4
 _CPU = torch.device("cpu")
 # torch 2.14 renamed it, and warns of the old name.
@@ -110,7 +112,7 @@ class World:
 
     def new_group(self) -> "dist.ProcessGroup":
         """A group of all ranks over gloo, for a thread beside the training to use alone. All ranks must call."""
-        group = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+        group = dist.new_group(backend="gloo", timeout=_SAVE_TIMEOUT)
         assert isinstance(group, dist.ProcessGroup), "all ranks are in it"
         return group
 

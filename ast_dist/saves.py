@@ -41,10 +41,11 @@ class Saves:
         began = time.monotonic()
         self.wait(epoch)
         waited_s = time.monotonic() - began
-        if not begin():
+        is_begun = begin()
+        self._interval.begun()
+        if not is_begun:
             return
         stall_s = time.monotonic() - began
-        self._interval.begun()
         # A save by the clock never has to wait for the one before.
         self._interval.stalled(stall_s - waited_s)
         self._clock.saved(stall_s)

@@ -126,6 +126,10 @@ def attempt(config: Config, world: World, train: Index, val: Index, num_classes:
             ended = trainer.run()
             trainer.saves.wait(trainer.state.epoch)
             reasons: list[str | None] = [trainer.guard.reason or "a peer"]
+            if ended == "paused" and not trainer.is_saved:
+                # A disk that refused, or a stop amid steps that were not finite: what was trained is still here.
+                trainer.save(at_all_costs=True)
+                trainer.saves.wait(trainer.state.epoch)
             if ended == "paused":
                 with contextlib.suppress(RuntimeError):  # a peer in a hurry is gone, after the save of all
                     reasons = world.gather(trainer.guard.reason)
@@ -145,7 +149,7 @@ def attempt(config: Config, world: World, train: Index, val: Index, num_classes:
             message = str(error) if needs_person else f"{type(error).__name__}: {error}".splitlines()[0][:300]
             raise
         finally:
-            trainer.checkpoints.abandon()
+            trainer.checkpoints.abandon(2 if needs_person else 1)
             trainer.reports.progress(trainer.checkpoints.latest)
             if trainer.reports.tracker:
                 # Somebody who asked to stop is waiting: the last picture is not worth the grace.
@@ -153,8 +157,11 @@ def attempt(config: Config, world: World, train: Index, val: Index, num_classes:
                 if trainer.deadline:
                     timeout_s = min(timeout_s, max(1.0, trainer.deadline.left_s))
                 trainer.reports.tracker.close(outcome, message, timeout_s, needs_person=needs_person)
-        trainer.saves.leave()
         outcome_file.tell(outcome, message=message, is_saved=trainer.is_saved, is_deadline=DEADLINE in reasons)
+        with contextlib.suppress(*([RuntimeError] if outcome == "paused" else [])):  # a peer in a hurry, as above
+            trainer.saves.leave()
+        if outcome == "paused" and not trainer.is_saved:
+            raise SystemExit(1)  # 0 would say that nothing is lost
         if outcome == "finished" or os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
             return True
         return DEADLINE in reasons or trainer.guard.reason is not None

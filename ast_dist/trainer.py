@@ -129,7 +129,7 @@ class Trainer:
         try:
             self._go_on()
         finally:
-            self.watchdog.close()
+            self.watchdog.rest()
         return "paused" if self._unevaluated or self.state.epoch < self.epochs else "finished"
 
     def _go_on(self) -> None:
@@ -214,6 +214,7 @@ class Trainer:
         """Stop threads and give the signals back."""
         # First: what could be saved is saved, and a thread that waits for a server must not count against the grace.
         self.guard.close()
+        self.watchdog.close()
         self.loader.close()
         self.val_loader.close()
         self.resources.close()
@@ -396,5 +397,14 @@ class Trainer:
         return scores
 
     def _evaluate_module(self, module: nn.Module, ballot: Ballot) -> tuple[dict[str, float], list[str]]:
-        step, batch_size = self.step, self.config.loop.global_batch_size
-        return evaluate(module, self.val_loader, self.world, step.normalize, batch_size, step.autocast, ballot)
+        step, loop = self.step, self.config.loop
+        return evaluate(
+            module,
+            self.val_loader,
+            self.world,
+            step.normalize,
+            loop.global_batch_size,
+            step.autocast,
+            ballot,
+            loop.micro_batch_size,
+        )

@@ -20,11 +20,12 @@ def evaluate(
     global_batch_size: int,
     autocast: torch.autocast,
     each_batch: Callable[[], None] = lambda: None,
+    micro_batch_size: int = 0,
 ) -> tuple[dict[str, float], list[str]]:
     """Evaluate on every sample of the split, each on one rank.
 
     model: the bare module, not the DDP wrapper. each_batch: called before every batch, as often on every rank; what it
-    raises ends the evaluation. All ranks must call.
+    raises ends the evaluation. micro_batch_size: samples forwarded at once, 0 for all. All ranks must call.
     Returns the scores and the damaged samples, the same on every rank: val/acc1 and val/acc5 (percent), val/loss (mean
     cross-entropy, nats) and val/samples_damaged; acc5 is counted among min(5, classes). Damaged samples are left out
     of the first three, and named in the list.
@@ -40,8 +41,9 @@ def evaluate(
             each_batch()
             damaged += host_batch.damaged
             batch = host_batch.to(world.device)
+            images = normalize(batch.images)
             with autocast:
-                logits = model(normalize(batch.images))
+                logits = torch.cat([model(part) for part in images.split(micro_batch_size or len(images))])
             logits = logits.float()
             losses = F.cross_entropy(logits, batch.labels, reduction="none")
             top = logits.topk(min(5, logits.shape[1]), dim=1).indices == batch.labels[:, None]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ast_dist.distributed import World
+from ast_dist.errors import UserError
 from ast_dist.fault.checkpoint import Checkpoints, read
 from ast_dist.fault.lease import LostLeaseError
 from ast_dist.fault.state import hash_state
@@ -26,7 +27,7 @@ def raised(action: Callable[[], Any]) -> str:
     """What an action raises, in words; what it returns where it raises nothing."""
     try:
         return str(action())
-    except RuntimeError as error:
+    except (RuntimeError, UserError) as error:
         return f"{type(error).__name__}: {error}"
 
 

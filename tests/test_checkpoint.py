@@ -117,7 +117,7 @@ def test_a_disk_that_refuses_warns_twice_and_stops_at_the_third_time(world: Worl
             with pytest.warns(RuntimeWarning, match=f"was not saved: .*the last good one is {good.name}"):
                 assert saved(checkpoints, state) is None
         state.global_step += 1
-        with pytest.raises(RuntimeError, match="failure 3 in a row"):
+        with pytest.raises(UserError, match="failure 3 in a row"):
             saved(checkpoints, state)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ast_dist.distributed import World
+from ast_dist.errors import UserError
 from ast_dist.fault import commit
 from ast_dist.fault.checkpoint import Checkpoints
 from tests.states import fresh_state, saved
@@ -64,7 +65,7 @@ def test_the_third_failure_in_a_row_ends_the_run_with_both_numbers(world: World,
     while checkpoints.poll() is None:
         pass
     assert checkpoints.is_urgent, "the ranks should hear of it at once, not at the next save"
-    with pytest.raises(RuntimeError, match=r"needs [\d,]+ bytes, but 16,384 are free.* failure 3 in a row"):
+    with pytest.raises(UserError, match=r"needs [\d,]+ bytes, but 16,384 are free.* failure 3 in a row"):
         checkpoints.wait()
 
 

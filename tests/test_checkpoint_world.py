@@ -38,7 +38,7 @@ def test_what_one_ranks_disk_refuses_is_refused_on_all_alike(worlds: Any, world_
     assert good.endswith("step-00000000")
     assert (refused, again) == ("None", "None")
     assert f"on rank {world_size - 1}" in stopped
-    assert stopped.endswith("that was failure 3 in a row")
+    assert "that was failure 3 in a row" in stopped
     assert left == ["step-00000000"], "the half that was written holds no room"
 
 

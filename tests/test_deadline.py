@@ -30,8 +30,8 @@ def test_the_session_ends_before_its_time_by_what_the_end_takes() -> None:
     deadline = Deadline(3600.0, clock=clock)
     deadline.saw_steps(2.0)
     deadline.saw_save(40.0)
-    # Three steps, 1.5 saves, 10 s to close.
-    assert deadline.margin_s == 3 * 2.0 + 1.5 * 40.0 + 10.0
+    # Three steps, 2.5 saves, 10 s to close.
+    assert deadline.margin_s == 3 * 2.0 + 2.5 * 40.0 + 10.0
     clock.now += 3600.0 - deadline.margin_s - 0.1
     assert not deadline.is_reached
     clock.now += 0.2
@@ -46,9 +46,9 @@ def test_a_save_that_was_slow_is_remembered_and_forgotten() -> None:
     deadline.saw_save(100.0)
     for _ in range(7):
         deadline.saw_save(1.0)
-    assert deadline.margin_s == 160.0
+    assert deadline.margin_s == 260.0
     deadline.saw_save(1.0)
-    assert deadline.margin_s == 11.5
+    assert deadline.margin_s == 12.5
 
 
 def test_before_the_first_save_it_is_taken_to_last_20_s() -> None:
@@ -62,7 +62,7 @@ def test_a_short_session_gives_5_percent_to_what_is_not_measured_and_half_at_mos
     deadline = Deadline(60.0, clock=Clock())
     assert deadline.margin_s == 3.0
     deadline.saw_save(4.0)
-    assert deadline.margin_s == 6.0 + 3.0
+    assert deadline.margin_s == 10.0 + 3.0
     deadline.saw_save(1000.0)
     assert deadline.margin_s == 30.0
 

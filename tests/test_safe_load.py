@@ -292,3 +292,29 @@ def test_plain_values_that_are_no_state_are_damaged(checkpoint: Path, content: s
     recommit(checkpoint)
     with pytest.raises(DamagedCheckpointError, match=STATE_NAME):
         read(checkpoint)
+
+
+def test_many_tensors_in_the_same_bytes_are_refused(checkpoint: Path) -> None:
+    def multiply(metadata: Metadata) -> None:
+        big = max(metadata.storage_data, key=lambda index: metadata.storage_data[index].length)
+        item, info = metadata.state_dict_metadata[big.fqn], metadata.storage_data[big]
+        for number in range(100):
+            name = f"model/copy-{number}"
+            metadata.state_dict_metadata[name] = item
+            metadata.storage_data[type(big)(name, big.offset)] = info
+
+    rewrite(checkpoint, multiply)
+    with pytest.raises(DamagedCheckpointError, match="of tensors, but its files hold"):
+        read(checkpoint)
+
+
+def test_a_tensor_in_several_pieces_is_refused_since_they_could_leave_holes(checkpoint: Path) -> None:
+    def halve(metadata: Metadata) -> None:
+        item = metadata.state_dict_metadata[NAME]
+        [chunk] = item.chunks
+        half = torch.Size([chunk.sizes[0] // 2, *chunk.sizes[1:]])
+        item.chunks = [type(chunk)(chunk.offsets, half), type(chunk)(chunk.offsets, half)]
+
+    rewrite(checkpoint, halve)
+    with pytest.raises(DamagedCheckpointError, match="is not whole"):
+        read(checkpoint)

@@ -14,6 +14,7 @@ import atexit
 import json
 import os
 import shutil
+import sys
 import threading
 import time
 import warnings
@@ -40,6 +41,10 @@ from ast_dist.fault.state import TrainState, hash_state, split
 __all__ = ["Checkpoints", "Ended", "NonFiniteStateError", "checkpoint_name", "read"]
 
 _FAILURES_LIMIT = 3
+# A disk or a peer that hangs: a save may take ten times as long as the slowest so far, and this at least.
+_SLOWEST_FACTOR = 10.0
+_HANGS_AFTER_S = 600.0
+_TOLD_AFTER_S = 60.0
 # Folders of the state whose numbers must be finite; a gate's memory holds NaN for what it has not seen.
 _FINITE = ("model", "optimizer", "ema")
 _CLOSE_PATIENCE_S = 5.0
@@ -103,6 +108,7 @@ class Checkpoints:
         self._flight: _Flight | None = None
         self._unread: Ended | None = None
         self._failures = 0
+        self._slowest_s = 0.0
 
     def save(
         self,
@@ -139,13 +145,13 @@ class Checkpoints:
         """Wait for the save under way; all ranks must call. Returns its path, None where it failed or there was none.
 
         A failed save warns and training goes on with the previous checkpoint standing; the third failure in a row
-        raises RuntimeError. So do a peer that was lost meanwhile and a run directory that is another's by now
-        (LostLeaseError). Raises NonFiniteStateError when the state held NaN or infinity.
+        raises UserError. A peer that was lost meanwhile, a save that hangs and a run directory that is another's by now
+        (LostLeaseError) raise RuntimeError. Raises NonFiniteStateError when the state held NaN or infinity.
         """
         flight = self._flight
         if flight is None:
             return None
-        flight.is_done.wait()
+        self._await(flight)
         ended = self._see(flight)
         self._flight = None
         if ended.kind == "saved":
@@ -159,8 +165,22 @@ class Checkpoints:
             raise LostLeaseError(message)
         self._failures += 1
         if self._failures >= _FAILURES_LIMIT:
-            raise RuntimeError(f"{message}; that was failure {self._failures} in a row")
+            raise UserError(
+                f"{message}; that was failure {self._failures} in a row. Make room or mend the disk, and run the same "
+                "command again."
+            )
         return None
+
+    def _await(self, flight: _Flight) -> None:
+        """Wait for the end of a save, but not for ever. Raises RuntimeError where it hangs."""
+        limit_s = max(_HANGS_AFTER_S, _SLOWEST_FACTOR * self._slowest_s)
+        if flight.is_done.wait(_TOLD_AFTER_S):
+            return
+        if self.world.is_main:
+            message = f"the save of {flight.name} takes more than {_TOLD_AFTER_S:g} s; training waits for it"
+            warnings.warn(message, RuntimeWarning, stacklevel=4)
+        if not flight.is_done.wait(limit_s - _TOLD_AFTER_S):
+            raise RuntimeError(f"the save of {flight.name} hangs: not done after {limit_s:.0f} s; {self.newest} stands")
 
     def poll(self) -> Ended | None:
         """How the last save ended, told once, as soon as this rank knows; None before. Waits for nobody.
@@ -195,14 +215,14 @@ class Checkpoints:
         """Leave the process group of the saves; all ranks must call, after `wait`."""
         self.world.leave(self._group)
 
-    def abandon(self) -> None:
+    def abandon(self, exit_code: int = 1) -> None:
         """Give a save under way a moment to end, without the others; for a rank that fails.
 
-        Where it does not end, because a peer or the disk hangs, this process ends all the same, with exit code 1.
+        Where it does not end, because a peer or the disk hangs, this process ends all the same, with `exit_code`.
         """
         if self._flight and not self._flight.is_done.wait(_CLOSE_PATIENCE_S):
             # A thread that comes back from C++ while the interpreter ends is unwound there, which aborts the process.
-            atexit.register(os._exit, 1)
+            atexit.register(_leave, exit_code)
 
     def find(self) -> Path | None:
         """The newest checkpoint that verifies, agreed on by all ranks; None where there never was one.
@@ -214,16 +234,26 @@ class Checkpoints:
 
     def _find(self) -> Path | None:
         damaged: list[tuple[Path, DamagedCheckpointError]] = []
+        unread: list[tuple[Path, OSError]] = []
         for checkpoint in reversed(commit.committed(self.folder)):
             try:
                 verified_reader(checkpoint).read_metadata()
             except DamagedCheckpointError as error:
                 damaged.append((checkpoint, error))
                 continue
+            except OSError as error:
+                # The disk did not answer: what lies there may be sound, and stays where it is.
+                unread.append((checkpoint, error))
+                continue
+            for bad, fault in unread:
+                message = f"{bad}: cannot be read ({described(fault)}); left there, trying the one before"
+                warnings.warn(message, RuntimeWarning, stacklevel=2)
             for bad, why in damaged:
                 message = f"{why}; moved to {commit.quarantine(bad).name}, trying the one before"
                 warnings.warn(message, RuntimeWarning, stacklevel=2)
             return checkpoint
+        if unread:
+            raise RuntimeError(f"{unread[0][0]}: cannot be read ({described(unread[0][1])}), nor is an older one sound")
         lost = [*(checkpoint for checkpoint, _ in damaged), *commit.set_aside(self.folder)]
         if lost:
             newest = f" The newest: {damaged[0][1]}." if damaged else ""
@@ -262,6 +292,7 @@ class Checkpoints:
         if not flight.is_seen:
             flight.is_seen = True
             self._unread = ended
+            self._slowest_s = max(self._slowest_s, ended.save_s)
             if self.world.is_main:
                 goes_on = ended.kind == "refused" and self._failures + 1 < _FAILURES_LIMIT
                 failed = (f"{self._message(ended)}; training goes on",) if goes_on else ()
@@ -306,7 +337,7 @@ class Checkpoints:
             return None
         try:
             self.fence()
-            if (self.folder / flight.name).exists():
+            if self._is_there(flight.name):
                 return Ended(flight.name, "saved")
             commit.new_stage(self.folder, flight.name)
             free, needed = self._free_bytes(), self._needed_bytes(flight)
@@ -321,6 +352,18 @@ class Checkpoints:
         except OSError as error:
             return Ended(flight.name, "refused", described(error))
         return None
+
+    def _is_there(self, name: str) -> bool:
+        """Whether this step is committed already, and sound; what is not is moved aside."""
+        checkpoint = self.folder / name
+        if not checkpoint.exists():
+            return False
+        try:
+            commit.verify(checkpoint)
+        except DamagedCheckpointError:
+            commit.quarantine(checkpoint)
+            return False
+        return True
 
     def _write_problem(self, flight: _Flight) -> Ended | None:
         try:
@@ -346,8 +389,8 @@ class Checkpoints:
                 except OSError as error:
                     remarks.append(f"{self.folder}: old checkpoints are not removed ({error})")
                 return Ended(flight.name, "saved", remarks=tuple(remarks))
-        if ended.kind == "saved":
-            return ended
+        if ended.kind in ("saved", "lost lease"):
+            return ended  # what stands at the stage's path may be the new owner's
         # The half that was written holds room that the next try needs.
         shutil.rmtree(commit.stage_path(self.folder, flight.name), ignore_errors=True)
         why = ended.why
@@ -379,6 +422,12 @@ class Checkpoints:
 
     def _free_bytes(self) -> int:
         return shutil.disk_usage(self.folder).free
+
+
+def _leave(exit_code: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(exit_code)
 
 
 def checkpoint_name(global_step: int) -> str:

@@ -10,10 +10,10 @@ leaves a complete checkpoint. What the disk or a person damages later is found b
 itself.
 """
 
-import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
@@ -27,6 +27,8 @@ _OWN_HASH = "sha256_of_the_above"
 _STAGE_PREFIX = "stage-"
 _CORRUPT_PREFIX = ".corrupt-"
 _PRUNED_PREFIX = ".pruned-"
+# A person's copy beside them (step-….bak) is not taken for a checkpoint.
+_NAME = re.compile(r"step-\d+(-evaluated)?")
 
 
 class DamagedCheckpointError(RuntimeError):
@@ -82,7 +84,8 @@ def manifest_bytes(content: dict[str, Any]) -> bytes:
 def verify(checkpoint: Path) -> dict[str, Any]:
     """Check every file of a committed checkpoint against its manifest; return the manifest.
 
-    Raises DamagedCheckpointError naming the first file that is missing, of another size or of another SHA-256.
+    Raises DamagedCheckpointError naming the first file that is missing, of another size or of another SHA-256, and
+    OSError where the disk does not answer, which says nothing of what lies there.
     """
     manifest = read_manifest(checkpoint)
     for name, expected in manifest["files"].items():
@@ -101,20 +104,29 @@ def verify(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, Any]:
-    """The manifest, once it agrees with its own hash to the byte. Raises DamagedCheckpointError."""
+    """The manifest, once it agrees with its own hash to the byte.
+
+    Raises DamagedCheckpointError, and OSError where the disk does not answer.
+    """
     path = checkpoint / MANIFEST_NAME
     try:
         raw = path.read_bytes()
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise DamagedCheckpointError(f"{path}: cannot be read ({error!r})") from None
+    try:
         content = {key: value for key, value in json.loads(raw).items() if key != _OWN_HASH}
         is_own = raw == manifest_bytes(content)
         names, entries = list(content["files"]), list(content["files"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise DamagedCheckpointError(f"{path}: cannot be read ({error!r})") from None
     if not is_own:
         raise DamagedCheckpointError(f"{path}: is not what was committed")
     if any(Path(name).name != name for name in names):
         raise DamagedCheckpointError(f"{path}: names files outside of its folder")
-    if not all(isinstance(entry, dict) and {"bytes", "sha256"} <= entry.keys() for entry in entries):
+    if not all(
+        isinstance(entry, dict) and isinstance(entry.get("bytes"), int) and isinstance(entry.get("sha256"), str)
+        for entry in entries
+    ):
         raise DamagedCheckpointError(f"{path}: lacks sizes or hashes")
     return content
 
@@ -126,19 +138,21 @@ def committed(folder: Path) -> list[Path]:
         digits = checkpoint.name.removeprefix("step-").split("-")[0]
         return len(digits), checkpoint.name
 
-    return sorted((path for path in folder.glob("step-*") if path.is_dir()), key=place)
+    found = (path for path in folder.glob("step-*") if _NAME.fullmatch(path.name) and path.is_dir())
+    return sorted(found, key=place)
 
 
 def saved(folder: Path) -> list[Saved]:
     """What the manifests of the committed checkpoints say, the newest last.
 
-    One that cannot be read counts as never evaluated: whether a checkpoint is sound is asked when it is loaded.
+    One that cannot be read is left out, and so never removed: it may be the best, and its tensors may be sound.
     """
     found = []
     for checkpoint in committed(folder):
-        about: dict[str, Any] = {}
-        with contextlib.suppress(DamagedCheckpointError):
+        try:
             about = read_manifest(checkpoint)
+        except (DamagedCheckpointError, OSError):
+            continue
         known = [score for key in ("val_acc1", "val_ema_acc1") if (score := _number(about.get(key))) is not None]
         found.append(Saved(checkpoint.name, max(known, default=None), _number(about.get("total_s"))))
     return found

@@ -42,7 +42,7 @@ def read_verified(checkpoint: Path, reader: SafeReader) -> tuple[dict[str, Any],
     """As `read`, of a checkpoint whose files were verified before."""
     metadata = reader.read_metadata()
     tensors = {
-        name: torch.empty(item.size, dtype=item.properties.dtype)
+        name: torch.zeros(item.size, dtype=item.properties.dtype)
         for name, item in metadata.state_dict_metadata.items()
         if isinstance(item, TensorStorageMetadata)
     }

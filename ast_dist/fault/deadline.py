@@ -11,7 +11,7 @@ from ast_dist.fault.processes import age_s
 BEGAN_VARIABLE = "AST_DIST_SESSION_BEGAN"
 _RECENT = 8
 # A save has been seen to take half as long again as the one before; a step waits for one vote that is a step late.
-_SAVE_FACTOR = 1.5
+_SAVE_FACTOR = 2.5
 _STEPS = 3
 _DEFAULT_SAVE_S = 20.0
 _CLOSE_S = 10.0
@@ -25,9 +25,9 @@ class Deadline:
 
     session_s: seconds that the session may last. age_s: those it has lasted already. clock: seconds, monotonic.
 
-    The margin is learned: three of the slowest recent step (the vote to stop is heard a step late), 1.5 × the slowest
-    of the last 8 saves, and 10 s to close. Before the first save that is taken to last 20 s. What is not measured is
-    5 % of the session at most, and the margin half of it.
+    The margin is learned: three of the slowest recent step (the vote to stop is heard a step late), 2.5 × the slowest
+    of the last 8 saves (one may be under way when the last begins), and 10 s to close. Before the first save that is
+    taken to last 20 s. What is not measured is 5 % of the session at most, and the margin half of it.
     """
 
     def __init__(self, session_s: float, age_s: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:

@@ -149,6 +149,7 @@ class SafeReader(FileSystemReader):
     def _check(self, metadata: Metadata) -> None:
         """Hold every item against the files before anything is allocated for it."""
         sizes: dict[str, int] = {}
+        total_bytes = 0
         for name, item in metadata.state_dict_metadata.items():
             where = f"{self._folder / METADATA_NAME}: {str(name)[:200]}"
             if type(name) is not str or type(item) is not TensorStorageMetadata:
@@ -156,14 +157,23 @@ class SafeReader(FileSystemReader):
             if type(item.properties) is not TensorProperties or not isinstance(item.properties.dtype, torch.dtype):
                 raise DamagedCheckpointError(f"{where} has no type")
             numel = _numel(item.size)
-            if sum(_numel(chunk.sizes) for chunk in item.chunks) != numel:
+            # We write each tensor in one piece: pieces could overlap, and leave holes with what memory held before.
+            if len(item.chunks) != 1 or _numel(item.chunks[0].sizes) != numel:
                 raise DamagedCheckpointError(f"{where} is not whole")
             for chunk in item.chunks:
                 bounds = zip(chunk.offsets, chunk.sizes, item.size, strict=True)
                 if any(first < 0 or first + length > size for first, length, size in bounds):
                     raise DamagedCheckpointError(f"{where} has a part outside of itself")
                 info = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
-                self._check_item(where, info, _numel(chunk.sizes) * item.properties.dtype.itemsize, sizes)
+                num_bytes = numel * item.properties.dtype.itemsize
+                self._check_item(where, info, num_bytes, sizes)
+                total_bytes += num_bytes
+        # Many tensors may point at the same bytes of a file.
+        if total_bytes > sum(sizes.values()):
+            raise DamagedCheckpointError(
+                f"{self._folder / METADATA_NAME}: announces {total_bytes:,} bytes of tensors, but its files hold "
+                f"{sum(sizes.values()):,}"
+            )
 
     def _check_item(self, where: str, info: _StorageInfo, expected_bytes: int, sizes: dict[str, int]) -> None:
         file_name = info.relative_path

@@ -91,6 +91,13 @@ class Watchdog:
             if not self._pauses and self._last_beat is not None:
                 self._begin_step()
 
+    def rest(self) -> None:
+        """Watch steps no more, since there are none; stopped peers are still found."""
+        self._pauses += 1
+        self._beats += 1
+        self._is_watching = False
+        self._disarm_backstop()
+
     def close(self) -> None:
         """Watch no more."""
         self._is_watching = False
