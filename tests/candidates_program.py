@@ -116,6 +116,7 @@ def run(world: World, shards: Path, run_dir: Path, scenario: str, *more: str) ->
     checkpoint = trainer.resume()
     waiting = trainer.candidates.ids.tolist()
     ended = trainer.run()
+    trainer.saves.wait(trainer.state.epoch)
     trainer.close()
     return {
         "batches": batches,
