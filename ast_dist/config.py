@@ -226,7 +226,7 @@ class CheckpointConfig:
 class FaultConfig:
     watchdog_s: float = 120.0
     """A step that takes longer than this, and longer than 10 of the slowest recent ones, ends the process, which prints
-    where it hung; 0 waits for ever."""
+    where it hung; at least 360 s count where shards lie behind a URL; 0 waits for ever."""
     nonfinite_steps: int = 5
     """Steps in a row whose loss is NaN or infinite that are skipped; one more, and the run goes back to its last
     checkpoint, once an epoch, and then stops."""

@@ -48,6 +48,8 @@ from ast_dist.validation import evaluate
 
 # Added to the name of a checkpoint that follows another one of the same step, which was saved before its evaluation.
 _EVALUATED = "-evaluated"
+# What reading from a server may take with all its tries, before it says itself what failed.
+_FETCH_S = 360.0
 
 
 class Trainer:
@@ -91,7 +93,10 @@ class Trainer:
         self.deadline = Deadline(hours * 3600, session_age_s()) if (hours := config.session.hours) else None
         peers = local_peers(world.rank, world.gather)
         self.guard = Guard(config.checkpoint.grace_s, self.deadline, peers)
-        self.watchdog = Watchdog(config.fault.watchdog_s, world.rank, peers)
+        floor_s = config.fault.watchdog_s
+        if floor_s > 0 and train.is_remote:
+            floor_s = max(floor_s, _FETCH_S)
+        self.watchdog = Watchdog(floor_s, world.rank, peers)
         # Rank 0's, which alone beats it.
         self.lease: Lease | None = None
         if len(set(decoders := world.gather(self.loader.decoder.name))) > 1:

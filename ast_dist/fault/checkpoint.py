@@ -13,30 +13,24 @@ and its executor is waited for when the interpreter ends, which never comes wher
 import atexit
 import json
 import os
-import shutil
 import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
 
 from ast_dist.distributed import World
 from ast_dist.errors import UserError, described
 from ast_dist.fault import commit
 from ast_dist.fault.commit import DamagedCheckpointError
-from ast_dist.fault.contents import STATE_NAME, difference, read, read_verified, verified_reader
+from ast_dist.fault.contents import difference, read, read_verified, verified_reader
 from ast_dist.fault.lease import LostLeaseError
-from ast_dist.fault.retention import to_prune
 from ast_dist.fault.safe_load import SafeReader
-from ast_dist.fault.staging import Staged, Staging, first_nonfinite
+from ast_dist.fault.staging import Staging
 from ast_dist.fault.state import TrainState, hash_state, split
+from ast_dist.fault.writer import CheckpointWriter, Ended, Flight
 
 __all__ = ["Checkpoints", "Ended", "NonFiniteStateError", "checkpoint_name", "read"]
 
@@ -45,8 +39,6 @@ _FAILURES_LIMIT = 3
 _SLOWEST_FACTOR = 10.0
 _HANGS_AFTER_S = 600.0
 _TOLD_AFTER_S = 60.0
-# Folders of the state whose numbers must be finite; a gate's memory holds NaN for what it has not seen.
-_FINITE = ("model", "optimizer", "ema")
 _CLOSE_PATIENCE_S = 5.0
 
 
@@ -54,38 +46,7 @@ class NonFiniteStateError(RuntimeError):
     """The state that was to be saved holds NaN or infinity; raised on all ranks."""
 
 
-@dataclass(frozen=True)
-class Ended:
-    """How a save ended. Every rank holds the same, but for the times, which are its own.
-
-    why: what kept it from being saved. remarks: what went wrong beside it. save_s: from its start until it was
-    committed. copy_s: for how long copying held up the GPU.
-    """
-
-    name: str
-    kind: Literal["saved", "refused", "nonfinite", "lost lease"]
-    why: str = ""
-    remarks: tuple[str, ...] = ()
-    save_s: float = 0.0
-    copy_s: float = 0.0
-
-
-@dataclass
-class _Flight:
-    """The save under way. error: what ended its thread on this rank before the ranks could agree on an end."""
-
-    name: str
-    staged: Staged
-    content: str
-    about: dict[str, Any]
-    began: float
-    is_done: threading.Event = field(default_factory=threading.Event)
-    is_seen: bool = False
-    ended: Ended | None = None
-    error: BaseException | None = None
-
-
-class Checkpoints:
+class Checkpoints(CheckpointWriter):
     """The checkpoints of one run.
 
     folder: RUN/checkpoints, on storage that all ranks see. keep_last, keep_every_h: see `retention.to_prune`.
@@ -97,15 +58,10 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, world: World, keep_last: int, keep_every_h: float = 0.0) -> None:
-        self.folder = folder
-        self.world = world
+        super().__init__(folder, world, keep_last, keep_every_h)
         self.newest: str | None = None
-        self.fence: Callable[[], None] = lambda: None
-        self._keep_last = keep_last
-        self._keep_every_h = keep_every_h
-        self._group = world.new_group()
         self._staging = Staging(world.device)
-        self._flight: _Flight | None = None
+        self._flight: Flight | None = None
         self._unread: Ended | None = None
         self._failures = 0
         self._slowest_s = 0.0
@@ -136,7 +92,7 @@ class Checkpoints:
         content = json.dumps({"state": plain, "session": state.session}, indent=1) + "\n"
         accuracies = {"val_acc1": val_acc1, "val_ema_acc1": val_ema_acc1}
         about = {"step": state.global_step, **accuracies, "total_s": state.session.get("total_s")}
-        flight = _Flight(name, self._staging.copy(tensors), content, about, began)
+        flight = Flight(name, self._staging.copy(tensors), content, about, began)
         self._flight = flight
         # A daemon: it must not keep alive a process whose training failed, while it waits for a peer that is gone.
         threading.Thread(target=self._fly, args=(flight,), name="save", daemon=True).start()
@@ -171,7 +127,7 @@ class Checkpoints:
             )
         return None
 
-    def _await(self, flight: _Flight) -> None:
+    def _await(self, flight: Flight) -> None:
         """Wait for the end of a save, but not for ever. Raises RuntimeError where it hangs."""
         limit_s = max(_HANGS_AFTER_S, _SLOWEST_FACTOR * self._slowest_s)
         if flight.is_done.wait(_TOLD_AFTER_S):
@@ -282,7 +238,7 @@ class Checkpoints:
         if len(hashes) != 1:
             raise RuntimeError(f"{checkpoint}: ranks hold {len(hashes)} different states after loading")
 
-    def _see(self, flight: _Flight) -> Ended:
+    def _see(self, flight: Flight) -> Ended:
         """Take note, once, of a save that came to its end."""
         if flight.error is not None:
             # Not taken in: whoever asks again must hear it again.
@@ -305,7 +261,7 @@ class Checkpoints:
 
     # Below: in the thread, over the group of the saves.
 
-    def _fly(self, flight: _Flight) -> None:
+    def _fly(self, flight: Flight) -> None:
         try:
             if self.world.device.type == "cuda":
                 torch.cuda.set_device(self.world.device)
@@ -314,114 +270,6 @@ class Checkpoints:
             flight.error = error
         finally:
             flight.is_done.set()
-
-    def _saved(self, flight: _Flight) -> Ended:
-        """Write, commit, and agree with the other ranks on how it ended."""
-        world, group = self.world, self._group
-        copy_s = flight.staged.wait()
-        problems = world.gather(self._prepare(flight), group)
-        ended = next((problem for problem in problems if problem), None)
-        if ended is None:
-            ended = self._write_problem(flight)
-        if world.is_main:
-            ended = self._concluded(flight, ended)
-        ended = world.broadcast(ended, group)
-        return Ended(ended.name, ended.kind, ended.why, ended.remarks, time.monotonic() - flight.began, copy_s)
-
-    def _prepare(self, flight: _Flight) -> Ended | None:
-        """What this rank has against the save; None where nothing. Rank 0 makes the stage folder."""
-        where = first_nonfinite(flight.staged.tensors, _FINITE)
-        if where is not None:
-            return Ended(flight.name, "nonfinite", f"{where} holds NaN or infinity on rank {self.world.rank}")
-        if not self.world.is_main:
-            return None
-        try:
-            self.fence()
-            if self._is_there(flight.name):
-                return Ended(flight.name, "saved")
-            commit.new_stage(self.folder, flight.name)
-            free, needed = self._free_bytes(), self._needed_bytes(flight)
-            if free < needed:
-                # What a smaller keep_last or a pruning that failed has left.
-                self._prune()
-                free = self._free_bytes()
-            if free < needed:
-                return Ended(flight.name, "refused", f"it needs {needed:,} bytes, but {free:,} are free")
-        except LostLeaseError as error:
-            return Ended(flight.name, "lost lease", str(error))
-        except OSError as error:
-            return Ended(flight.name, "refused", described(error))
-        return None
-
-    def _is_there(self, name: str) -> bool:
-        """Whether this step is committed already, and sound; what is not is moved aside."""
-        checkpoint = self.folder / name
-        if not checkpoint.exists():
-            return False
-        try:
-            commit.verify(checkpoint)
-        except DamagedCheckpointError:
-            commit.quarantine(checkpoint)
-            return False
-        return True
-
-    def _write_problem(self, flight: _Flight) -> Ended | None:
-        try:
-            self._write(commit.stage_path(self.folder, flight.name), flight.staged.tensors)
-        except CheckpointException as error:  # all ranks get it alike
-            rank, (first, _) = next(iter(error.failures.items()))
-            return Ended(flight.name, "refused", f"{described(first)}, on rank {rank}")
-        return None
-
-    def _concluded(self, flight: _Flight, ended: Ended | None) -> Ended:
-        """Commit, or clear up after what failed. Rank 0 calls it."""
-        remarks: list[str] = []
-        if ended is None:
-            try:
-                self._commit(flight)
-            except LostLeaseError as error:
-                ended = Ended(flight.name, "lost lease", str(error))
-            except (OSError, ValueError, DamagedCheckpointError) as error:
-                ended = Ended(flight.name, "refused", described(error))
-            else:
-                try:
-                    self._prune()
-                except OSError as error:
-                    remarks.append(f"{self.folder}: old checkpoints are not removed ({error})")
-                return Ended(flight.name, "saved", remarks=tuple(remarks))
-        if ended.kind in ("saved", "lost lease"):
-            return ended  # what stands at the stage's path may be the new owner's
-        # The half that was written holds room that the next try needs.
-        shutil.rmtree(commit.stage_path(self.folder, flight.name), ignore_errors=True)
-        why = ended.why
-        if ended.kind == "refused" and "bytes" not in why:
-            why += f"; it needs {self._needed_bytes(flight):,} bytes, and {self._free_bytes():,} are free"
-        return Ended(ended.name, ended.kind, why)
-
-    def _write(self, stage: Path, tensors: dict[str, torch.Tensor]) -> None:
-        # thread_count above 1 was seen to lose items on an I/O error. A host syncs what it wrote itself: the fsync at
-        # the commit is rank 0's host's.
-        has_hosts = self.world.local_size < self.world.size
-        writer = dcp.FileSystemWriter(stage, thread_count=1, sync_files=has_hosts, per_thread_copy_ahead=0)
-        dcp.save(tensors, storage_writer=writer, process_group=self._group)
-
-    def _commit(self, flight: _Flight) -> None:
-        stage = commit.stage_path(self.folder, flight.name)
-        # Raises where an item is missing.
-        SafeReader(stage).read_metadata()
-        (stage / STATE_NAME).write_text(flight.content, encoding="utf-8")
-        commit.commit(stage, self.folder / flight.name, flight.about, self.fence)
-
-    def _prune(self) -> None:
-        commit.remove(self.folder, to_prune(commit.saved(self.folder), self._keep_last, self._keep_every_h))
-
-    def _needed_bytes(self, flight: _Flight) -> int:
-        """Bytes of the whole checkpoint: tensors, their archives' headers and metadata, each rank's random state."""
-        staged = flight.staged
-        return staged.num_bytes + 2048 * len(staged.tensors) + 16384 * self.world.size + 2 * len(flight.content)
-
-    def _free_bytes(self) -> int:
-        return shutil.disk_usage(self.folder).free
 
 
 def _leave(exit_code: int) -> None:
