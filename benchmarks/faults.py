@@ -346,7 +346,8 @@ def _agent(processes: int) -> list[str]:
 
 
 def _supervisor(processes: int) -> list[str]:
-    return ["-m", "ast_dist.supervise", sys.executable, *_agent(processes)]
+    # Strikes come within one interval of each other, where no step beyond the last checkpoint may be gained.
+    return ["-m", "ast_dist.supervise", "--max-stalled=1000", sys.executable, *_agent(processes)]
 
 
 def _command(arguments: Arguments) -> str:
