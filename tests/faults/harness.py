@@ -31,7 +31,7 @@ STEPS_A_FULL_EPOCH = NUM_SAMPLES // GLOBAL_BATCH_SIZE
 SAVE_STEPS = 7
 # An interval, and another where the save at its beginning was still under way beside the training.
 MOST_REPEATED = 2 * SAVE_STEPS
-# From a kill to the next step, importing torch and loading included, where each rank has a core of its own.
+# What the trainer promises on any machine, importing torch and loading included.
 RECOVERY_S = 10.0
 
 
@@ -40,11 +40,6 @@ class Reference(NamedTuple):
 
     sha256: str
     steps: int
-
-
-def recovery_limit_s(world_size: int) -> float:
-    """Seconds within which a killed run of so many ranks must step again on this machine."""
-    return RECOVERY_S * max(1.0, world_size / (os.cpu_count() or 1))
 
 
 def words(shards: Path, run_dir: Path, *more: str) -> list[str]:

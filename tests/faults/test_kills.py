@@ -11,7 +11,7 @@ import pytest
 from ast_dist.fault.checkpoint import read
 from ast_dist.fault.commit import committed
 from ast_dist.track.history import read as read_rows
-from tests.faults.harness import MOST_REPEATED, Faults, Reference, Run, random_steps, recovery_limit_s, words
+from tests.faults.harness import MOST_REPEATED, RECOVERY_S, Faults, Reference, Run, random_steps, words
 from tests.training import state_hash
 
 
@@ -32,8 +32,8 @@ def test_a_killed_rank_costs_one_interval_and_ten_seconds_at_most_and_no_bit(
     for strike, row, recovery_s in zip(strikes, restarts, run.recoveries_s(), strict=True):
         assert row["last_step_before"] >= strike.seen
         assert row["steps_repeated"] <= strike.most_repeated, strike
-        assert strike.recovery_s <= recovery_limit_s(world_size)
-        assert recovery_s <= recovery_limit_s(world_size), "by the run's own record, from its last step to the next"
+        assert strike.recovery_s <= RECOVERY_S
+        assert recovery_s <= RECOVERY_S, "by the run's own record, from its last step to the next"
     assert state_hash(run.run_dir) == reference.sha256
     # The rows that the kills undid are not told twice.
     steps = [row["global_step"] for row in read_rows(run.run_dir / "metrics.jsonl") if row["kind"] == "step"]
