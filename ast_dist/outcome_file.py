@@ -5,6 +5,7 @@ before the run directory was taken may not be written there. So the workers say 
 """
 
 import atexit
+import contextlib
 import json
 import os
 import signal
@@ -20,12 +21,15 @@ LAUNCH_VARIABLE = "AST_DIST_LAUNCH"
 def tell(event: str, **facts: Any) -> None:
     """Append an event; without a supervisor nobody is told. Workers append at once, so each line is one write.
 
+    A line begins with a line's end, too: a full disk may have torn the one before.
+
     event: started, finished, paused, refused (the user can mend it) or failed. facts: plain values.
     """
     path = os.environ.get(FILE_VARIABLE)
     if not path:
         return
-    line = json.dumps({"event": event, "local_rank": int(os.environ.get("LOCAL_RANK", "0")), **facts}) + "\n"
+    about = {"event": event, "local_rank": int(os.environ.get("LOCAL_RANK", "0")), "pid": os.getpid()}
+    line = f"\n{json.dumps({**about, **facts})}\n"
     try:
         # Not created: where the supervisor is gone, nobody reads it.
         descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
@@ -38,8 +42,13 @@ def tell(event: str, **facts: Any) -> None:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All events so far, oldest first."""
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    """All events so far, oldest first; torn lines are passed over. Raises OSError where the file is gone."""
+    events = []
+    for line in path.read_text().splitlines(keepends=True):
+        if line.endswith("\n"):
+            with contextlib.suppress(ValueError):
+                events.append(json.loads(line))
+    return events
 
 
 def agent_pid() -> int | None:

@@ -51,11 +51,17 @@ def launch_id() -> str:
     env = os.environ
     if env.get(outcome_file.LAUNCH_VARIABLE):
         return env[outcome_file.LAUNCH_VARIABLE]  # said by who also restarts agents, or by a job of several hosts
-    if "TORCHELASTIC_RUN_ID" not in env:
+    agent = agent_id()
+    if agent is None:
         return uuid.uuid4().hex  # nobody restarts it: each start is a person's
-    if env.get("GROUP_WORLD_SIZE", "1") == "1":
-        return f"{socket.gethostname()} {os.getppid()} {_started_at(os.getppid())}"
-    return f"torchrun {env['TORCHELASTIC_RUN_ID']}"
+    return agent if env.get("GROUP_WORLD_SIZE", "1") == "1" else f"torchrun {env['TORCHELASTIC_RUN_ID']}"
+
+
+def agent_id() -> str | None:
+    """The torchrun on this host that started this process, and no other one ever; None where none did."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    return f"{socket.gethostname()} {os.getppid()} {_started_at(os.getppid())}"
 
 
 def _started_at(pid: int) -> str:
@@ -88,7 +94,7 @@ def check(config: Config, manifests: dict[str, str]) -> None:
         if config.resume == "must" and not is_restart:
             raise UserError(f"--resume must: {run_dir} holds no run. Check --run-dir, or use --resume auto.")
         return
-    if is_restart and (reason := _told_to_person(run_dir)):
+    if reason := _told_to_person(run_dir):
         raise UserError(reason)
     if config.resume == "never" and not is_restart:
         return
@@ -109,12 +115,17 @@ def check(config: Config, manifests: dict[str, str]) -> None:
 
 
 def _told_to_person(run_dir: Path) -> str | None:
-    """Why the run ended, where that was a UserError; None otherwise."""
+    """Why the run ended under the agent that starts this process, where that was a UserError; None otherwise.
+
+    Asked of the agent, not of the launch: a person who has mended it may use the job's name again.
+    """
     try:
         progress = read_progress(run_dir)
     except UserError:
         return None
-    return str(progress["message"]) if progress.get("needs_person") else None
+    agent = agent_id()
+    is_same = agent is not None and progress.get("agent") == agent
+    return str(progress["message"]) if progress.get("needs_person") and is_same else None
 
 
 def rolled_back_epochs(run_dir: Path) -> set[int]:

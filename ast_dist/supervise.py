@@ -7,8 +7,8 @@ torchrun restarts workers, and nothing restarts torchrun: when it is killed, or 
 job ends. This starts it again, waiting longer each time that nothing was gained, until the run is finished, or paused
 because somebody or its deadline asked for it, or refused as a mistake of the user's, or until restarts gain no step.
 
-SIGTERM, SIGINT and SIGUSR1 are passed on as SIGTERM: save and end. Exit code: 0 finished, or paused with more to do;
-2 the user can mend it; 1 given up. Needs neither torch nor a GPU.
+SIGTERM, SIGINT, SIGUSR1, SIGHUP and SIGQUIT are passed on as SIGTERM: save and end. Exit code: 0 finished, or paused
+with more to do; 2 the user can mend it; 1 given up. Needs neither torch nor a GPU.
 """
 
 import argparse
@@ -29,15 +29,14 @@ from typing import Any
 from ast_dist import outcome_file
 from ast_dist.errors import UserError, require, run_command
 from ast_dist.fault.deadline import BEGAN_VARIABLE
-from ast_dist.fault.guard import adopt_orphans, die_with_parent
+from ast_dist.fault.guard import adopt_orphans, die_with_parent, heeded_signals
 from ast_dist.fault.lease import steps_done
-from ast_dist.track.progress import read_progress
+from ast_dist.track.progress import PROGRESS_NAME, read_progress
 
 _POLL_S = 0.05
 _SECOND_CTRL_C_S = 1.0
 # A healthy agent gives its workers 30 s after a signal, or what it was told to.
 _AGENT_GRACE_S = 180.0
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _HISTORY_LINES = 5
 
 
@@ -45,22 +44,26 @@ class Workers:
     """What the workers told, and what their run directory shows: were steps gained, and how did it end.
 
     Attributes: stalled (restarts since a step was gained), steps (done, as far as the heartbeat says), last (the last
-    event of the present agent), refused (a mistake of the user's, None without one), has_gained (steps since the last
-    start), ever_started.
+    event of the present agent), refused (a mistake of the user's, None without one), is_off (a disk or a server that
+    does not answer refused a run which has gained steps here: that may pass), has_gained (steps since the last start),
+    pids (of the workers that have started).
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._seen = 0
         self._run_dir: Path | None = None
+        self._progress_before: bytes | None = None
         self._beat = (0, 0)
         self._agent_restarts = 0
+        self._ever_gained = False
         self.stalled = 0
         self.last: dict[str, Any] = {}
         self.failure = ""
         self.refused: str | None = None
+        self.is_off = False
         self.has_gained = False
-        self.ever_started = False
+        self.pids: set[int] = set()
 
     @property
     def steps(self) -> int:
@@ -69,11 +72,14 @@ class Workers:
 
     def agent_started(self) -> None:
         """Forget what the agent before did."""
-        self.last, self.failure, self._agent_restarts = {}, "", 0
+        self.last, self.failure, self._agent_restarts, self.is_off = {}, "", 0, False
 
     def observe(self) -> None:
         """Take in what is new."""
-        events = outcome_file.read(self._path)
+        try:
+            events = outcome_file.read(self._path)
+        except OSError as error:
+            raise RuntimeError(f"{self._path}: the workers' reports are gone ({error})") from error
         for event in events[self._seen :]:
             self._take(event)
         self._seen = len(events)
@@ -83,11 +89,11 @@ class Workers:
                 self._beat = (0, beat[1])  # moved aside: another run begins at step 0
             if beat[0] > self._beat[0]:
                 self._beat = beat
-                self.stalled, self.has_gained = 0, True
+                self.stalled, self.has_gained, self._ever_gained = 0, True, True
 
     def ended_elsewhere(self) -> bool:
-        """Whether the run is over by what another host wrote: finished, or at its deadline."""
-        if not self._run_dir:
+        """Whether the run is over by what another host wrote since: finished, or at its deadline."""
+        if not self._run_dir or self._progress_bytes() == self._progress_before:
             return False
         try:
             progress = read_progress(self._run_dir)
@@ -96,21 +102,32 @@ class Workers:
         why = str(progress.get("message")).partition(":")[0]
         return progress.get("state") == "finished" or (progress.get("state") == "paused" and why.endswith("deadline"))
 
+    def _progress_bytes(self) -> bytes | None:
+        try:
+            return (self._run_dir / PROGRESS_NAME).read_bytes() if self._run_dir else None
+        except OSError:
+            return None
+
     def _take(self, event: dict[str, Any]) -> None:
-        if event["event"] == "refused":
+        self.pids.add(event["pid"])
+        if event["event"] == "refused" and event.get("may_pass") and self._ever_gained:
+            self.is_off, self.failure = True, event["message"]
+        elif event["event"] == "refused":
             self.refused = event["message"]
         elif event["event"] == "failed":
             self.failure = event["message"]
         if event["event"] == "started":
             if event["local_rank"] != 0:
                 return
-            self.ever_started, self.has_gained = True, False
+            self.has_gained = False
             # Restarts because hosts came or went do not count as such: they are no failures.
             self.stalled += max(0, event["restart"] - self._agent_restarts)
             self._agent_restarts = event["restart"]
             if self._run_dir is None:
                 self._run_dir = Path(event["run_dir"])
                 self._beat = steps_done(self._run_dir)
+                # What the session before wrote stands there until this one has begun.
+                self._progress_before = self._progress_bytes()
         self.last = event
 
 
@@ -119,7 +136,7 @@ class Supervisor:
 
     max_stalled: restarts in a row that may gain no step. backoff_s, backoff_max_s: the first pause before a restart,
     doubled at each that gained nothing, and its limit. wait_s: for how long agents that start no worker are forgiven,
-    once workers have run here: the rendezvous' host may take a while to come back.
+    once workers have run here, and disks and servers that do not answer: they may take a while to come back.
     """
 
     def __init__(
@@ -131,12 +148,13 @@ class Supervisor:
         self._told_at: float | None = None
         self._wants_kill = False
         self._workers_at = -float("inf")
+        self._idle = 0
         self._history: list[str] = []
 
     def run(self) -> int:
         """Supervise to the end, and return the exit code. Raises UserError for what the user can mend."""
         adopt_orphans()
-        for number in _STOP_SIGNALS:
+        for number in heeded_signals():
             signal.signal(number, self._on_signal)
         with tempfile.TemporaryDirectory(prefix="ast_dist-supervise-") as folder:
             outcomes = Path(folder) / "outcomes.jsonl"
@@ -151,7 +169,8 @@ class Supervisor:
                 code = self._run_agent(workers, environment)
                 if code is not None:
                     return code
-                pause_s = min(self._backoff_s * 2.0 ** max(0, workers.stalled - 1), self._backoff_max_s)
+                in_vain = min(max(workers.stalled, self._idle), 30)
+                pause_s = min(self._backoff_s * 2.0 ** max(0, in_vain - 1), self._backoff_max_s)
                 _say(f"{self._history[-1]}; starting it again in {pause_s:g} s")
                 resume_at = time.monotonic() + pause_s
                 while time.monotonic() < resume_at:
@@ -175,7 +194,7 @@ class Supervisor:
         asked_at: float | None = None
         while agent.poll() is None:
             workers.observe()
-            is_hopeless = workers.refused is not None or workers.stalled > self._max_stalled
+            is_hopeless = workers.refused is not None or workers.is_off or workers.stalled > self._max_stalled
             if asked_at is None and (is_hopeless or self._told_at is not None):
                 agent.terminate()
                 asked_at = time.monotonic()
@@ -184,7 +203,9 @@ class Supervisor:
             time.sleep(_POLL_S)
         if self._told_at is not None and not self._wants_kill:
             # Who signals every process of a job makes the agent leave early: its workers still save.
-            _wait_for_children(_AGENT_GRACE_S)
+            deadline = time.monotonic() + _AGENT_GRACE_S
+            while workers.pids & set(_children()) and time.monotonic() < deadline and not self._wants_kill:
+                time.sleep(_POLL_S)
         _kill_leftovers()
         workers.observe()
         self._note(agent.returncode, time.monotonic() - began, workers)
@@ -210,10 +231,11 @@ class Supervisor:
         if returncode == 0 or workers.ended_elsewhere():
             return 0
         now = time.monotonic()
-        if last:
-            self._workers_at = now
+        if last and not workers.is_off:
+            self._workers_at, self._idle = now, 0
         elif now - self._workers_at < self._wait_s:
-            return None  # it found no rendezvous to join
+            self._idle += 1
+            return None  # it found no rendezvous to join, or no answer
         if workers.stalled >= self._max_stalled:
             count = min(workers.stalled, self._max_stalled)
             _say(f"given up: no step beyond step {workers.steps:,} was gained in {count} restarts. What happened:")
@@ -243,17 +265,9 @@ def _say(text: str) -> None:
     print(f"supervise: {text}", file=sys.stderr, flush=True)
 
 
-def _wait_for_children(within_s: float) -> None:
-    deadline = time.monotonic() + within_s
-    with contextlib.suppress(ChildProcessError):  # there are none left
-        while time.monotonic() < deadline:
-            if os.waitpid(-1, os.WNOHANG) == (0, 0):
-                time.sleep(_POLL_S)
-
-
 def _kill_leftovers() -> None:
     """End what a dead agent left running: its workers are sessions of their own, adopted by this process."""
-    while orphans := _children():
+    while orphans := _children(with_ended=True):
         for pid in orphans:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -262,11 +276,12 @@ def _kill_leftovers() -> None:
                 os.waitpid(pid, 0)
 
 
-def _children() -> list[int]:
+def _children(*, with_ended: bool = False) -> list[int]:
     found = []
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            if int(path.read_text().rpartition(")")[2].split()[1]) == os.getpid():
+            state, parent, *_ = path.read_text().rpartition(")")[2].split()
+            if int(parent) == os.getpid() and (state != "Z" or with_ended):
                 found.append(int(path.parent.name))
     return found
 

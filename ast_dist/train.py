@@ -27,7 +27,7 @@ from ast_dist.allocator import keep_freed_memory
 from ast_dist.command_line import parse
 from ast_dist.config import Config
 from ast_dist.data.index import Index
-from ast_dist.data.remote import open_index
+from ast_dist.data.remote import RemoteError, open_index
 from ast_dist.distributed import World
 from ast_dist.errors import RankError, UserError, described, run_command
 from ast_dist.fault.lease import Lease
@@ -46,7 +46,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         return _train(argv)
     except UserError as error:
-        outcome_file.tell("refused", message=str(error))
+        may_pass = isinstance(error.__context__, OSError | RemoteError)
+        outcome_file.tell("refused", message=str(error), may_pass=may_pass)
         if os.environ.get("LOCAL_RANK") == "0" or isinstance(error, RankError):
             outcome_file.stop_agent_at_exit()
         raise
@@ -156,7 +157,8 @@ def attempt(config: Config, world: World, train: Index, val: Index, num_classes:
                 timeout_s = 30.0 if outcome == "finished" else 5.0
                 if trainer.deadline:
                     timeout_s = min(timeout_s, max(1.0, trainer.deadline.left_s))
-                trainer.reports.tracker.close(outcome, message, timeout_s, needs_person=needs_person)
+                agent = run_folder.agent_id() if needs_person else None
+                trainer.reports.tracker.close(outcome, message, timeout_s, needs_person=needs_person, agent=agent)
         outcome_file.tell(outcome, message=message, is_saved=trainer.is_saved, is_deadline=DEADLINE in reasons)
         with contextlib.suppress(*([RuntimeError] if outcome == "paused" else [])):  # a peer in a hurry, as above
             trainer.saves.leave()

@@ -13,11 +13,13 @@
 #   --nnodes=N or MIN:MAX      NNODES (1). With a range, hosts may leave and join; the global batch stays.
 #   --nproc-per-node=N         NPROC_PER_NODE (all GPUs, or 1)
 #   --rdzv-endpoint=HOST:PORT  RDZV_ENDPOINT: where the hosts meet, the same on all; for several hosts
-#   --rdzv-id=NAME             RDZV_ID ($SLURM_JOB_ID): the job's name, the same on all hosts; for several hosts
+#   --rdzv-id=NAME             RDZV_ID ($SLURM_JOB_ID): the job's name, the same on all hosts; for several hosts.
+#                              The same name goes on with the same job, whatever --resume says: another job, another name
 #   --rdzv-conf=KEY=V,KEY=V    RDZV_CONF: added to the settings below; is_host=1 where torchrun does not see that
 #                              RDZV_ENDPOINT is this host (an alias, a second network)
 #   --local-addr=ADDRESS       LOCAL_ADDR: this host's address, where its name leads to another network
 #   --max-restarts=N           MAX_RESTARTS (1000)
+#   --shutdown-timeout=N       SHUTDOWN_TIMEOUT (150), seconds
 # Other options of torchrun pass through, as --OPTION=VALUE. PYTHON picks the interpreter.
 #
 # What is set, and why:
@@ -32,6 +34,8 @@
 #                              a job of two hosts died when a third came (pytorch/pytorch#135712).
 #   SIGUSR1 is passed on       Slurm's and many clusters' warning; it would kill the agent, and its workers unsaved.
 #                              Older versions of torchrun know no such setting: there the agent ignores it.
+#   --shutdown-timeout=150     How long workers may save after a signal; --checkpoint.grace-s ends them sooner. Torchrun
+#                              kills them after 30 s. Older versions know no such setting.
 #   OMP_NUM_THREADS=1          Unless set: more threads than cores only slow down, and change the order of sums.
 #   AST_DIST_AGENT_PID         Tells workers whose death is their own, too.
 #   AST_DIST_LAUNCH (several hosts)
@@ -58,6 +62,7 @@ id="${RDZV_ID:-${SLURM_JOB_ID:-}}"
 conf="${RDZV_CONF:-}"
 address="${LOCAL_ADDR:-}"
 max_restarts="${MAX_RESTARTS:-1000}"
+shutdown="${SHUTDOWN_TIMEOUT:-150}"
 options=()
 while (($#)); do
   word="$1"
@@ -71,7 +76,9 @@ while (($#)); do
     --local-addr=*) address="${word#*=}" ;;
     --max-restarts=*) max_restarts="${word#*=}" ;;
     --standalone) nnodes=1 ;;
-    --no-python | --run-path) options+=("$word") ;;
+    --rdzv-backend=*) [[ "${word#*=}" == c10d ]] || refuse "$word: only c10d is set up here. Use torchrun itself." ;;
+    --no-python | --run-path | --virtual-local-rank) options+=("$word") ;;
+    --shutdown-timeout=*) shutdown="${word#*=}" ;;
     --) shift; break ;;
     -m | --module) break ;;
     --*=*) options+=("$word") ;;
@@ -85,10 +92,11 @@ done
 [[ "$nnodes" =~ ^([1-9][0-9]*)(:([1-9][0-9]*))?$ ]] || refuse "--nnodes=$nnodes: expected N or MIN:MAX, from 1 up."
 min_nodes="${BASH_REMATCH[1]}" max_nodes="${BASH_REMATCH[3]:-${BASH_REMATCH[1]}}"
 ((min_nodes <= max_nodes)) || refuse "--nnodes=$nnodes: at least $min_nodes hosts, but at most $max_nodes. Turn them round."
+[[ "$shutdown" =~ ^[1-9][0-9]*$ ]] || refuse "--shutdown-timeout=$shutdown: expected seconds, from 1 up."
 [[ "$max_restarts" =~ ^[0-9]+$ ]] || refuse "--max-restarts=$max_restarts: expected a number from 0 up."
 if [[ -z "$nproc" ]]; then
   nproc=1
-  if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then nproc=gpu; fi
+  if command -v nvidia-smi >/dev/null && [[ "$(nvidia-smi -L 2>/dev/null)" == GPU* ]]; then nproc=gpu; fi
 fi
 [[ "$nproc" =~ ^([1-9][0-9]*|gpu|cpu|auto)$ ]] || refuse "--nproc-per-node=$nproc: expected a number from 1 up, or gpu."
 
@@ -116,6 +124,9 @@ if grep -q -e '--signals-to-handle' "$run_py"; then
   options=(--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "${options[@]}")
 else
   trap '' USR1
+fi
+if grep -q -e '--shutdown-timeout' "$run_py"; then
+  options=("--shutdown-timeout=$shutdown" "${options[@]}")
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export AST_DIST_AGENT_PID=$$

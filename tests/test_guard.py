@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ast_dist.fault.deadline import Deadline
-from ast_dist.fault.guard import Guard
+from ast_dist.fault.guard import STOP_SIGNALS, Guard
 from tests.launching import PATIENCE_S, environment, finish, start
 
 # Blocks in C until killed: unlike a sleep, a mutex is not interrupted by signals.
@@ -45,7 +45,7 @@ child.wait()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_a_wish_to_stop_and_nothing_else(number: signal.Signals) -> None:
     guard = Guard(grace_s=60)
     assert not guard.wants_stop
@@ -53,6 +53,15 @@ def test_a_signal_is_a_wish_to_stop_and_nothing_else(number: signal.Signals) -> 
     assert guard.wants_stop
     assert guard.reason == number.name
     guard.close()
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    guard = Guard(grace_s=60)
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not guard.wants_stop
+    guard.close()
+    signal.signal(signal.SIGHUP, before)
 
 
 def test_closing_gives_the_signals_back() -> None:

@@ -18,7 +18,7 @@ from ast_dist.model import build_model
 from ast_dist.step import VOTE_NONFINITE, TrainStep
 from ast_dist.track.history import read as read_rows
 from ast_dist.train import main
-from tests.training import progress, state_hash, words, write_shards
+from tests.training import progress, refused, state_hash, words, write_shards
 
 
 @pytest.fixture(scope="module")
@@ -175,3 +175,18 @@ def test_a_run_that_diverges_ends_with_one_line_and_no_checkpoint_that_is_not_fi
     for checkpoint in committed(run_dir / "checkpoints"):
         state, _ = read(checkpoint)
         assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+def test_the_same_agent_does_not_start_again_what_a_person_must_mend_and_another_does(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = tmp_path / "run"
+    diverging = words(shards, run_dir, "--optim.lr", "1e30", "--fault.nonfinite-steps", "1")
+    # As torchrun's processes see it: several hosts, whose job's name outlives its agents.
+    monkeypatch.setenv("AST_DIST_LAUNCH", "torchrun job7")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job7")
+    assert run_command(main, diverging) == 2
+    capsys.readouterr()
+    assert "did not help" in refused([*diverging, "--dry-run"], capsys)
+    monkeypatch.setattr("ast_dist.run_dir.agent_id", lambda: "another torchrun")
+    assert run_command(main, [*diverging, "--dry-run"]) == 0

@@ -18,7 +18,7 @@ from ast_dist.fault.processes import RankProcess, kill_stopped
 DEADLINE = "deadline"
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 _SECOND_CTRL_C_S = 1.0
 _LOOK_S = 0.2
 _BEREAVED_GRACE_S = 3.0
@@ -34,7 +34,7 @@ class Guard:
     A Python signal handler does not run while the main thread waits in C++ (a collective whose peer is gone), so the
     grace is kept by a thread that the wake-up descriptor reaches. Create it in the main thread.
 
-    Attributes: reason ("SIGTERM", "SIGUSR1", "SIGINT", "deadline", or None while there is none).
+    Attributes: reason ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", "SIGQUIT", "deadline", or None while there is none).
     """
 
     def __init__(self, grace_s: float, deadline: Deadline | None = None, peers: Sequence[RankProcess] = ()) -> None:
@@ -47,7 +47,7 @@ class Guard:
         self._read_end, self._write_end = socket.socketpair()
         self._write_end.setblocking(False)
         self._old_wakeup = signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
-        self._old_handlers = {number: signal.signal(number, self._on_signal) for number in _STOP_SIGNALS}
+        self._old_handlers = {number: signal.signal(number, self._on_signal) for number in heeded_signals()}
         self._thread = threading.Thread(target=self._keep_grace, name="grace", daemon=True)
         self._thread.start()
 
@@ -82,7 +82,7 @@ class Guard:
     def _keep_grace(self) -> None:
         with contextlib.suppress(OSError):
             while data := self._read_end.recv(16):
-                if any(number in _STOP_SIGNALS for number in data):
+                if any(number in self._old_handlers for number in data):
                     break
             else:
                 return
@@ -112,10 +112,16 @@ def why_stopped(reasons: Sequence[str | None], is_saved: bool) -> str:
     return f"session deadline: {kept}; run the same command again"
 
 
+def heeded_signals() -> list[signal.Signals]:
+    """The signals that ask to save and end; but a SIGHUP that is ignored (nohup) stays ignored."""
+    is_ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in STOP_SIGNALS if not (is_ignored and number == signal.SIGHUP)]
+
+
 def signal_comes(within_s: float) -> bool:
     """Wait for a signal that asks to stop, and return whether one came in time. In the main thread, without a Guard."""
     came = threading.Event()
-    for number in _STOP_SIGNALS:
+    for number in heeded_signals():
         signal.signal(number, lambda *_: came.set())
     deadline = time.monotonic() + within_s
     # Short waits: a handler runs between two of them, not during one.

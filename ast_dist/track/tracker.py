@@ -178,15 +178,22 @@ class Tracker:
         self._keep(self._sessions, {**row, "event": "rollback", "epoch": epoch, "step": step})
 
     def close(
-        self, state: str, message: str = "", timeout_s: float = CLOSE_TIMEOUT_S, *, needs_person: bool = False
+        self,
+        state: str,
+        message: str = "",
+        timeout_s: float = CLOSE_TIMEOUT_S,
+        *,
+        needs_person: bool = False,
+        agent: str | None = None,
     ) -> None:
         """Write how it ended, show it, and wait for W&B and the last picture, timeout_s seconds at most.
 
         state: finished, paused or failed; nobody waits for the picture of a failed run, which must make room for its
-        restart. message: why, in one line. needs_person: whether a restart would end the same way.
+        restart. message: why, in one line. needs_person: whether a restart would end the same way; agent: who must
+        therefore not start it again by itself.
         """
         deadline = time.monotonic() + timeout_s
-        ended = {"state": state, "message": message, "needs_person": needs_person}
+        ended = {"state": state, "message": message, "needs_person": needs_person, "agent": agent}
         self._write_progress({**ended, **({"eta_s": 0.0} if state == "finished" else {})})
         if self._dashboard and state == "failed":
             self._view("the dashboard", self._dashboard.leave)
