@@ -13,6 +13,7 @@ import os
 import random
 import signal
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ STEPS_A_FULL_EPOCH = NUM_SAMPLES // GLOBAL_BATCH_SIZE
 SAVE_STEPS = 7
 # An interval, and another where the save at its beginning was still under way beside the training.
 MOST_REPEATED = 2 * SAVE_STEPS
+_MARK = "AST_DIST_TESTS_RUN"
 # What the trainer promises on any machine, importing torch and loading included.
 RECOVERY_S = 10.0
 
@@ -97,10 +99,15 @@ class Run:
         self.world_size = world_size
         logs = self.run_dir.parent
         self._log = log or logs / f"{self.run_dir.name}-{len(list(logs.glob('*.log')))}.log"
+        self._mark = uuid.uuid4().hex
         # A pipe that nobody reads would stop a run that restarts often and says so.
         with self._log.open("wb") as log:
             self.job = launching.start(
-                *words, world_size=world_size, max_restarts=max_restarts, output=log, more=environment
+                *words,
+                world_size=world_size,
+                max_restarts=max_restarts,
+                output=log,
+                more={_MARK: self._mark} | (environment or {}),
             )
 
     def __enter__(self) -> Self:
@@ -176,12 +183,25 @@ class Run:
         return self.output
 
     def kill(self) -> None:
-        """SIGKILL to the agent and every rank, at once."""
-        pids = [self.job.pid, *self.pids.values()]
-        for pid in pids if self.job.poll() is None else pids[1:]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.job.wait(PATIENCE_S)
+        """SIGKILL to the agent, every rank and whatever else was started for this run, at once."""
+        pids = {self.job.pid} if self.job.poll() is None else set()
+        while pids := pids | set(processes_of(self._mark)):
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.job.wait(PATIENCE_S)
+            pids = set()
+
+
+def processes_of(mark: str) -> list[int]:
+    """Processes that inherited a mark: those of a dead agent or supervisor, too."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            variables = (folder / "environ").read_bytes().split(b"\0")
+            if f"{_MARK}={mark}".encode() in variables and is_alive(int(folder.name)):
+                found.append(int(folder.name))
+    return found
 
 
 @dataclass

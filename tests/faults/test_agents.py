@@ -19,6 +19,7 @@ TORCHRUN = ("launch/torchrun.sh", "--nproc-per-node=2")
 EXEC = ("-c", "import os, sys; os.execv(sys.argv[1], sys.argv[1:])")
 ENVIRONMENT = {"PYTHON": sys.executable}
 GONE_S = 1.0
+GRACE_S = 20.0
 
 
 def supervised(argv: list[str]) -> Run:
@@ -125,18 +126,48 @@ def test_signals_to_the_supervisor_or_to_all_processes_lose_no_step_and_end_with
     assert state_hash(run.run_dir) == reference.sha256
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+@pytest.mark.parametrize(("number", "points"), [(signal.SIGUSR1, 5), (signal.SIGTERM, 1)])
 def test_signals_to_an_agent_that_our_launcher_started_lose_no_step(
-    shards: Path, tmp_path: Path, number: signal.Signals, rng: random.Random
+    shards: Path,
+    tmp_path: Path,
+    number: signal.Signals,
+    points: int,
+    unfaulted: Callable[[int], Reference],
+    rng: random.Random,
 ) -> None:
+    reference = unfaulted(2)
+    argv = [*EXEC, *TORCHRUN, *words(shards, tmp_path / "run"), "--checkpoint.every-steps", "0"]
+    for step in random_steps(rng, reference.steps, points):
+        with Run(argv, environment=ENVIRONMENT) as run:
+            run.wait_for_step(step)
+            began = time.monotonic()
+            run.job.send_signal(number)
+            run.end()
+            assert time.monotonic() - began < GRACE_S
+        assert run.progress()["state"] == "paused"
+        assert run.progress()["message"] == f"{number.name}: preempted, nothing lost"
+        assert run.progress()["step"] == run.step
+    with Run(argv, environment=ENVIRONMENT) as run:
+        run.finish()
+    assert state_hash(run.run_dir) == reference.sha256
+
+
+def test_workers_go_with_a_killed_agent_that_nobody_supervises(
+    shards: Path, tmp_path: Path, unfaulted: Callable[[int], Reference], rng: random.Random
+) -> None:
+    reference = unfaulted(2)
     argv = [*EXEC, *TORCHRUN, *words(shards, tmp_path / "run")]
-    with Run([*argv, "--checkpoint.every-steps", "0"], environment=ENVIRONMENT) as run:
-        run.wait_for_step(rng.randrange(20, 100))
-        run.job.send_signal(number)
-        run.end()
-    assert run.progress()["state"] == "paused"
-    assert run.progress()["message"] == f"{number.name}: preempted, nothing lost"
-    assert run.progress()["step"] == run.step
+    for step in random_steps(rng, reference.steps, 5):
+        with Run(argv, environment=ENVIRONMENT) as run:
+            run.wait_for_step(step)
+            pids = list(workers(run.job.pid).values())
+            assert len(pids) == 2
+            run.job.kill()
+            wait_until_gone(pids, time.monotonic(), GONE_S)
+    with Run(argv, environment=ENVIRONMENT) as run:
+        run.finish()
+    assert all(row["steps_repeated"] <= MOST_REPEATED for row in run.starts())
+    assert state_hash(run.run_dir) == reference.sha256
 
 
 def test_nothing_outlives_a_killed_supervisor(shards: Path, tmp_path: Path) -> None:

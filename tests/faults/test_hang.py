@@ -16,7 +16,6 @@ from tests.faults.harness import MOST_REPEATED
 from tests.launching import finish, start, steps_done, wait_for
 from tests.training import state_hash, write_shards
 
-SEED = 20_261
 STOPS = 5
 EPOCHS = 8
 STEPS_AN_EPOCH = 20
@@ -50,15 +49,16 @@ def _workers(agent_pid: int) -> Iterator[tuple[int, int]]:
 
 
 @pytest.mark.faults
-def test_a_stopped_rank_is_named_killed_and_restarted_within_the_time_out_and_10_s(tmp_path: Path) -> None:
+def test_a_stopped_rank_is_named_killed_and_restarted_within_the_time_out_and_10_s(
+    tmp_path: Path, rng: random.Random
+) -> None:
     shards = write_shards(tmp_path / "shards", 12 * STEPS_AN_EPOCH)
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     finish(start(*words(shards, whole), world_size=2))
 
-    draws = random.Random(SEED)
     share = EPOCHS * STEPS_AN_EPOCH // (STOPS + 1)
-    points = [(share * i + draws.randrange(1, share), draws.randrange(2)) for i in range(STOPS)]
-    print(f"seed {SEED}: SIGSTOP at (step, rank) {points}")
+    points = [(share * i + rng.randrange(1, share), rng.randrange(2)) for i in range(STOPS)]
+    print(f"SIGSTOP at (step, rank) {points}")
     job = start(*words(shards, stopped), world_size=2, max_restarts=STOPS)
     held: list[int] = []
     kills_s: list[float] = []
