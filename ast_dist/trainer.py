@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from ast_dist import run_dir as run_folder
 from ast_dist.augmenter import Augmenter
@@ -27,6 +26,7 @@ from ast_dist.data.loader import Loader
 from ast_dist.data.order import Orders, Plan, step_ids
 from ast_dist.distributed import LaggedRead, World
 from ast_dist.errors import UserError
+from ast_dist.evaluator import Evaluator
 from ast_dist.fault.checkpoint import Checkpoints, checkpoint_name
 from ast_dist.fault.deadline import Deadline, session_age_s
 from ast_dist.fault.guard import DEADLINE, Guard
@@ -44,7 +44,6 @@ from ast_dist.reports import Reports
 from ast_dist.resources import Resources, open_meter
 from ast_dist.saves import Saves
 from ast_dist.step import VOTE_DAMAGED, VOTE_NONFINITE, VOTE_SAVE, VOTE_STOP, TrainStep
-from ast_dist.validation import evaluate
 
 # Added to the name of a checkpoint that follows another one of the same step, which was saved before its evaluation.
 _EVALUATED = "-evaluated"
@@ -127,6 +126,7 @@ class Trainer:
             self.resources,
             self.clock,
         )
+        self.evaluate = Evaluator(config.loop, world, self.val_loader, self.step, self.state, self.reports)
         self.saves = Saves(saving, self.checkpoints, self.nonfinite, self.deadline, self.clock, self.reports)
 
     def run(self) -> Literal["finished", "paused"]:
@@ -368,7 +368,9 @@ class Trainer:
         ballot = Ballot(self.world, lambda: self._must_leave(is_late))
         if state.epoch % self.config.loop.eval_every_epochs == 0 or state.epoch == self.epochs:
             try:
-                scores = self._evaluate(ballot)
+                if self._wants_stop:
+                    raise StopAskedError
+                scores = self.evaluate(self.val_damage, ballot)
             except StopAskedError:
                 self._wants_stop = True
                 # Plain numbers: a policy of the user's own may have reported others.
@@ -386,30 +388,3 @@ class Trainer:
     def _must_leave(self, is_late: bool) -> bool:
         """Whether this rank must leave an evaluation. A deadline that is near puts none off twice."""
         return self.guard.wants_stop and not (is_late and self.guard.reason == DEADLINE)
-
-    def _evaluate(self, ballot: Ballot) -> dict[str, float]:
-        """The epoch's scores, which the state takes in. Raises StopAskedError on all ranks when one wants to stop."""
-        if self._wants_stop:
-            raise StopAskedError
-        scores, damaged = self._evaluate_module(self.step.module, ballot)
-        if self.step.average:
-            averaged, _ = self._evaluate_module(self.step.average.module, ballot)
-            scores |= {f"val/ema_{name}": averaged[f"val/{name}"] for name in ("acc1", "loss")}
-        self.reports.damaged(damaged)
-        self.val_damage.judge(damaged)
-        self.state.last_acc1 = scores["val/acc1"]
-        self.state.best_acc1 = max(self.state.last_acc1, self.state.best_acc1 or 0.0)
-        return scores
-
-    def _evaluate_module(self, module: nn.Module, ballot: Ballot) -> tuple[dict[str, float], list[str]]:
-        step, loop = self.step, self.config.loop
-        return evaluate(
-            module,
-            self.val_loader,
-            self.world,
-            step.normalize,
-            loop.global_batch_size,
-            step.autocast,
-            ballot,
-            loop.micro_batch_size,
-        )

@@ -144,7 +144,7 @@ class _Results:
         row: dict[str, Any] = {"part": part, "device": self.content["machine"]["gpu"] or "cpu"}
         try:
             row |= measure()
-        except (OSError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
+        except Exception as error:  # noqa: BLE001 - told in the row; hours of other rows must not be lost for it
             row |= {"measure": part, "error": f"{type(error).__name__}: {error}"[:1000]}
         # More than the processes measured here means that others were at work, too.
         row |= {"took_s": time.monotonic() - began, "load_1min": os.getloadavg()[0]}
@@ -293,6 +293,7 @@ class _Bench:
                 self.training,
                 self._new_folder(),
                 kill_every_s=kill_every_s,
+                interval_s=arguments.every_s,
                 minutes=arguments.goodput_minutes,
                 quiet_s=self._size.quiet_s,
             )

@@ -61,10 +61,13 @@ def measure_goodput(
     folder: Path,
     *,
     kill_every_s: float,
+    interval_s: float,
     minutes: float,
     quiet_s: float,
 ) -> dict[str, Any]:
-    """Kill a random rank at a regular interval for so many minutes. Returns a row.
+    """Kill a random rank every so often, give or take half of a save's interval, for so many minutes. Returns a row.
+
+    interval_s: between saves.
 
     quiet_tool: the same training that saves nothing; how fast it trains, before and after, for quiet_s each, is the
     undisturbed step. goodput: steps that remained, times the undisturbed step, over the wall-clock.
@@ -76,8 +79,10 @@ def measure_goodput(
         first_step, began = job.steps_done(), time.monotonic()
         kills = int(60.0 * minutes / kill_every_s)
         for kill in range(1, kills + 1):
-            # The last stretch ends like the others, without a kill.
-            _watch_until(job, began + kill * kill_every_s)
+            # The last stretch ends like the others, without a kill. Saves come at regular times, too: kills that did
+            # would all meet the same moment between two of them.
+            shift_s = generator.uniform(-0.5, 0.5) * min(interval_s, kill_every_s / 4)
+            _watch_until(job, began + kill * kill_every_s + (shift_s if kill < kills else 0.0))
             if kill < kills:
                 job.wait_for(lambda: len(job.workers()) == training.processes, "all workers")
                 KILL_RANK.strike(job, generator)
