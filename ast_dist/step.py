@@ -30,6 +30,8 @@ VOTE_SAVE = 2
 VOTE_DAMAGED = 3
 VOTE_NONFINITE = 4
 NUM_VOTES = 5
+# GradScaler's first scale, 2^16, is down to 1 after 16.
+_MOST_OVERFLOWS = 20
 
 
 @dataclass
@@ -79,6 +81,7 @@ class TrainStep:
         self.average = Average(self.module, config.optim.ema_decay) if config.optim.ema_decay else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.loop.precision == "fp16")
         self.meters = Meters.zero(world.device)
+        self._overflows = torch.zeros((), dtype=torch.int64, device=world.device)
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=world.device)
         self._model: nn.Module = self.module
         with self._unchanged():
@@ -237,8 +240,10 @@ class TrainStep:
         if self.config.optim.clip_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(self.module.parameters(), self.config.optim.clip_grad_norm, norm)
         if scaler.is_enabled():
-            # In half precision a scaled gradient overflows now and then; only the loss itself tells of a fault.
-            self.nonfinite += ~torch.isfinite(loss)
+            # In half precision a scaled gradient overflows now and then, and the scaler halves its scale: a fault shows
+            # in the loss itself, or goes on when there is nothing left to halve.
+            self._overflows = torch.where(is_finite, 0, self._overflows + 1)
+            self.nonfinite += ~torch.isfinite(loss) | (self._overflows > _MOST_OVERFLOWS)
             scaler.step(optimizer)
             scaler.update()
         else:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ast_dist.config import Config, DataConfig, ModelConfig, OptimConfig
+from ast_dist.config import Config, DataConfig, LoopConfig, ModelConfig, OptimConfig
 from ast_dist.data.batch import Batch
 from ast_dist.distributed import World
 from ast_dist.errors import UserError, run_command
@@ -40,12 +40,13 @@ def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def make_step(world: World, optimizer: str) -> TrainStep:
+def make_step(world: World, optimizer: str, precision: str = "fp32") -> TrainStep:
     config = Config(
         run_dir="x",
         data=DataConfig(train="x", val="x", image_size=8),
         model=ModelConfig(name="small_cnn", width=8),
         optim=OptimConfig(name=optimizer, lr=0.1),
+        loop=LoopConfig(precision=precision),
     )
     torch.manual_seed(0)
     return TrainStep(build_model(config.model, 10), config, world)
@@ -94,6 +95,17 @@ def test_the_step_after_tells_the_ranks_of_it_once(world: World) -> None:
     step = make_step(world, "sgd")
     told = [step(make_batch(weight), 0.1)[1][VOTE_NONFINITE].item() for weight in (1.0, float("nan"), 1.0, 1.0)]
     assert told == [0, 0, 1, 0]
+
+
+def test_half_precision_tells_an_overflow_from_a_gradient_that_stays_nan(world: World) -> None:
+    step = make_step(world, "sgd", "fp16")
+    parameter = next(step.module.parameters())
+    handle = parameter.register_hook(lambda gradient: gradient * float("nan"))
+    told = [step(make_batch(), 0.1)[1][VOTE_NONFINITE].item() for _ in range(23)]
+    assert told == [0] * 21 + [1] * 2
+    handle.remove()
+    step(make_batch(), 0.1)
+    assert step(make_batch(), 0.1)[1][VOTE_NONFINITE].item() == 0
 
 
 def test_the_mean_loss_leaves_skipped_steps_out(world: World) -> None:
