@@ -11,10 +11,12 @@ if "TORCHELASTIC_RUN_ID" in os.environ:
     die_with_parent(outcome_file.agent_pid())
 
 import contextlib
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -99,23 +101,38 @@ def train_in(
         if lease:
             stack.callback(lease.release)
         restart = max(world.restart, lease.restarts) if lease else world.restart
+        before = Before()
         while True:
             try:
-                return attempt(config, dataclasses.replace(world, restart=restart), train, val, num_classes, lease)
-            except RollBack:
+                again = dataclasses.replace(world, restart=restart)
+                return attempt(config, again, train, val, num_classes, lease, before)
+            except RollBack as error:
+                before.rolled_back.add(error.epoch)
                 restart += 1
                 if lease:
                     lease.begin_again()
 
 
-def attempt(config: Config, world: World, train: Index, val: Index, num_classes: int, lease: Lease | None) -> bool:
+@dataclass
+class Before:
+    """What an attempt hands on to the one after it: epochs rolled back, and a signal that was not heeded yet."""
+
+    rolled_back: set[int] = field(default_factory=set)
+    stop: str | None = None
+
+
+def attempt(
+    config: Config, world: World, train: Index, val: Index, num_classes: int, lease: Lease | None, before: Before
+) -> bool:
     """Go on from the newest checkpoint, train, and leave a clean end. Raises RollBack on all ranks alike.
 
     Returns what train_in returns.
     """
     with ExitStack() as stack:
-        trainer = Trainer(config, world, train, val, num_classes)
+        trainer = Trainer(config, world, train, val, num_classes, before.rolled_back)
         stack.callback(trainer.close)
+        if before.stop in signal.Signals.__members__:
+            signal.raise_signal(signal.Signals[before.stop])
         startup.note("built_s")
         checkpoint = trainer.resume()
         startup.note("loaded_s")
@@ -144,6 +161,7 @@ def attempt(config: Config, world: World, train: Index, val: Index, num_classes:
             if trainer.reports.tracker:
                 trainer.reports.tracker.rolled_back(trainer.state.epoch, trainer.state.global_step)
             trainer.saves.leave()
+            before.stop = trainer.guard.reason
             raise
         except BaseException as error:
             needs_person = isinstance(error, UserError)
@@ -154,9 +172,10 @@ def attempt(config: Config, world: World, train: Index, val: Index, num_classes:
             trainer.reports.progress(trainer.checkpoints.latest)
             if trainer.reports.tracker:
                 # Somebody who asked to stop is waiting: the last picture is not worth the grace.
-                timeout_s = 30.0 if outcome == "finished" else 5.0
+                timeout_s = min(30.0 if outcome == "finished" else 5.0, trainer.guard.left_s)
                 if trainer.deadline:
-                    timeout_s = min(timeout_s, max(1.0, trainer.deadline.left_s))
+                    timeout_s = min(timeout_s, trainer.deadline.left_s)
+                timeout_s = max(1.0, timeout_s)
                 agent = run_folder.agent_id() if needs_person else None
                 trainer.reports.tracker.close(outcome, message, timeout_s, needs_person=needs_person, agent=agent)
         outcome_file.tell(outcome, message=message, is_saved=trainer.is_saved, is_deadline=DEADLINE in reasons)

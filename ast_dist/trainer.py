@@ -6,7 +6,7 @@ checkpoint. All ranks walk through the same loop and meet in its collectives; ra
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,9 +52,20 @@ _FETCH_S = 360.0
 
 
 class Trainer:
-    """Everything that one rank needs to train, and the loop."""
+    """Everything that one rank needs to train, and the loop.
 
-    def __init__(self, config: Config, world: World, train: Index, val: Index, num_classes: int) -> None:
+    rolled_back: epochs in which this process went back to the last checkpoint before.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        train: Index,
+        val: Index,
+        num_classes: int,
+        rolled_back: Collection[int] = (),
+    ) -> None:
         self.config = config
         self.world = world
         self.policy: Policy = make_policy(
@@ -106,8 +117,9 @@ class Trainer:
         self.val_damage = DamageLog(config.data.damaged_limit, val.num_samples, val.location, world)
         self.damage = DamageLog(config.data.damaged_limit, train.num_samples, train.location, world)
         self.lagged = LaggedRead()
-        rolled_back = world.on_main(lambda: run_folder.rolled_back_epochs(Path(config.run_dir)))
-        self.nonfinite = NonFiniteSteps(config.fault.nonfinite_steps, world.broadcast(rolled_back))
+        # The disk remembers them over restarts; where it refused, this process does.
+        told = world.broadcast(world.on_main(lambda: run_folder.rolled_back_epochs(Path(config.run_dir))))
+        self.nonfinite = NonFiniteSteps(config.fault.nonfinite_steps, {*told, *rolled_back})
         # Set by what the ranks agreed on, and so the same on all of them.
         self._wants_stop = False
         self._wants_save = False
@@ -115,17 +127,8 @@ class Trainer:
         self._unevaluated: dict[str, Any] = {}
         self._evaluated_late_at: int | None = None
         self.clock = Clock()
-        self.reports = Reports(
-            config,
-            world,
-            self.state,
-            self.step,
-            self.policy,
-            self.candidates,
-            self.ledger,
-            self.resources,
-            self.clock,
-        )
+        told_of = (self.state, self.step, self.policy, self.candidates, self.ledger, self.resources, self.clock)
+        self.reports = Reports(config, world, *told_of)
         self.evaluate = Evaluator(config.loop, world, self.val_loader, self.step, self.state, self.reports)
         self.saves = Saves(saving, self.checkpoints, self.nonfinite, self.deadline, self.clock, self.reports)
 

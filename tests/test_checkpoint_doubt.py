@@ -102,3 +102,24 @@ def test_a_save_that_hangs_ends_the_run(world: World, tmp_path: Path, monkeypatc
     released.set()
     ended: Any = checkpoints.wait()
     assert ended == tmp_path / "step-00000000"
+
+
+def test_what_was_committed_and_could_not_be_flushed_is_saved_with_a_remark_and_removes_nothing(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, state = Checkpoints(tmp_path, world, keep_last=1), fresh_state()
+    older = saved(checkpoints, state)
+    train(state, 1)
+    plain = commit._fsync
+
+    def failing(path: Path) -> None:
+        """A mock of a disk: no folder here can be made to fail with EIO."""
+        if path == tmp_path:
+            raise OSError(5, "Input/output error")
+        plain(path)
+
+    monkeypatch.setattr(commit, "_fsync", failing)
+    with pytest.warns(RuntimeWarning, match="cannot be flushed .*Input/output error"):
+        newest = saved(checkpoints, state)
+    assert checkpoints.newest == newest.name == "step-00000001"
+    assert older.is_dir()

@@ -1,5 +1,6 @@
 """Claims about steps that are not finite: they leave nothing behind, and the run rolls back once, then ends."""
 
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from ast_dist.fault.nonfinite import NonFiniteSteps, RollBack
 from ast_dist.model import build_model
 from ast_dist.step import VOTE_NONFINITE, TrainStep
 from ast_dist.track.history import read as read_rows
+from ast_dist.track.tracker import Tracker
 from ast_dist.train import main
 from tests.training import progress, refused, state_hash, words, write_shards
 
@@ -169,6 +171,33 @@ def test_a_fault_that_passes_is_rolled_back_and_leaves_no_trace_in_the_weights(
     assert state_hash(run_dir) == state_hash(undisturbed)
     steps = [row["global_step"] for row in read_rows(run_dir / "metrics.jsonl") if row["kind"] == "step"]
     assert steps == list(range(1, len(steps) + 1)), "rows of the attempt that was undone are cut"
+
+
+def test_a_roll_back_that_the_disk_could_not_note_is_not_done_twice(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(TrainStep, "_losses", poisoned(lambda count: count > 8))
+    monkeypatch.setattr(Tracker, "rolled_back", lambda *_: None)
+    assert run_command(main, words(shards, tmp_path / "run", "--fault.nonfinite-steps", "1")) == 2
+    assert "did not help" in capsys.readouterr().err
+
+
+def test_a_signal_right_before_a_roll_back_is_heeded_after_it(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+
+    def told(tracker: Tracker, epoch: int, step: int) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        plain(tracker, epoch, step)
+
+    plain = Tracker.rolled_back
+    monkeypatch.setattr(Tracker, "rolled_back", told)
+    monkeypatch.setattr(TrainStep, "_losses", poisoned(lambda count: 9 <= count < 13))
+    every = ("--checkpoint.every-steps", "4", "--fault.nonfinite-steps", "2")
+    assert run_command(main, words(shards, run_dir, *every)) == 0
+    assert progress(run_dir)["state"] == "paused"
+    assert "SIGTERM: preempted, nothing lost" in progress(run_dir)["message"]
 
 
 def test_a_run_that_diverges_ends_with_one_line_and_no_checkpoint_that_is_not_finite(

@@ -35,6 +35,10 @@ class DamagedCheckpointError(RuntimeError):
     """A committed folder is not what its manifest says."""
 
 
+class UnflushedError(OSError):
+    """A checkpoint is committed, but a power cut might still undo its name."""
+
+
 def stage_path(folder: Path, name: str) -> Path:
     """Where the checkpoint `name` is written before it is committed."""
     return folder / f"{_STAGE_PREFIX}{name}"
@@ -62,7 +66,7 @@ def commit(stage: Path, final: Path, about: dict[str, Any], fence: Callable[[], 
     """Make the stage folder the checkpoint `final`. about: JSON values to keep in the manifest.
 
     fence: raises where this process may no longer write here; asked last of all. Raises OSError when the disk fails or
-    is full; the previous checkpoints stand.
+    is full; the previous checkpoints stand. Raises UnflushedError when it failed after the commit.
     """
     files = {path.name: _fsync_and_hash(path) for path in sorted(stage.iterdir())}
     manifest = stage / MANIFEST_NAME
@@ -72,7 +76,10 @@ def commit(stage: Path, final: Path, about: dict[str, Any], fence: Callable[[], 
     fence()
     # Rename last: a crash above this line leaves the previous checkpoint current.
     os.rename(stage, final)
-    _fsync(final.parent)
+    try:
+        _fsync(final.parent)
+    except OSError as error:
+        raise UnflushedError(*error.args) from error
 
 
 def manifest_bytes(content: dict[str, Any]) -> bytes:

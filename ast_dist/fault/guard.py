@@ -52,6 +52,13 @@ class Guard:
         self._thread.start()
 
     @property
+    def left_s(self) -> float:
+        """Seconds of the grace that are left; infinite where no signal came."""
+        if self._first_signal_at is None:
+            return float("inf")
+        return self._grace_s - (time.monotonic() - self._first_signal_at)
+
+    @property
     def wants_stop(self) -> bool:
         """Whether this rank has a reason to stop; the ranks agree on it in the step's all-reduce."""
         if self.reason is None and self._deadline is not None and self._deadline.is_reached:

@@ -9,7 +9,11 @@ from ast_dist.errors import UserError
 
 
 class RollBack(Exception):
-    """Training goes on from the last checkpoint, on all ranks."""
+    """Training goes on from the last checkpoint, on all ranks. epoch: in which it had come to nothing."""
+
+    def __init__(self, message: str, epoch: int) -> None:
+        super().__init__(message)
+        self.epoch = epoch
 
 
 class NonFiniteSteps:
@@ -41,7 +45,7 @@ class NonFiniteSteps:
     def verdict(self, found: str, epoch: int) -> RollBack | UserError:
         """What to raise: RollBack, or UserError where the epoch was rolled back before. found: what is not finite."""
         if epoch not in self._rolled_back:
-            return RollBack(f"{found}: going back to the last checkpoint")
+            return RollBack(f"{found}: going back to the last checkpoint", epoch)
         return UserError(
             f"{found}, and going back to the last checkpoint did not help. Checkpoints before it are sound. Lower "
             "optim.lr, set optim.clip_grad_norm or look at the data, and start anew with another --run-dir."

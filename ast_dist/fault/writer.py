@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from ast_dist.distributed import World
 from ast_dist.errors import described
 from ast_dist.fault import commit
-from ast_dist.fault.commit import DamagedCheckpointError
+from ast_dist.fault.commit import DamagedCheckpointError, UnflushedError
 from ast_dist.fault.contents import STATE_NAME
 from ast_dist.fault.lease import LostLeaseError
 from ast_dist.fault.retention import to_prune
@@ -74,10 +74,9 @@ class CheckpointWriter:
         copy_s = flight.staged.wait()
         problems = world.gather(self._prepare(flight), group)
         ended = next((problem for problem in problems if problem), None)
-        if ended is None:
-            ended = self._write_problem(flight)
+        failure = None if ended else self._write_failure(flight)
         if world.is_main:
-            ended = self._concluded(flight, ended)
+            ended = self._concluded(flight, ended, failure)
         ended = world.broadcast(ended, group)
         return Ended(ended.name, ended.kind, ended.why, ended.remarks, time.monotonic() - flight.began, copy_s)
 
@@ -99,11 +98,11 @@ class CheckpointWriter:
                 self._prune()
                 free = self._free_bytes()
             if free < needed:
-                return Ended(flight.name, "refused", f"it needs {needed:,} bytes, but {free:,} are free")
+                return Ended(flight.name, "refused", self._room(flight))
         except LostLeaseError as error:
             return Ended(flight.name, "lost lease", str(error))
         except OSError as error:
-            return Ended(flight.name, "refused", described(error))
+            return Ended(flight.name, "refused", f"{described(error)}; {self._room(flight)}")
         return None
 
     def _is_there(self, name: str) -> bool:
@@ -118,38 +117,38 @@ class CheckpointWriter:
             return False
         return True
 
-    def _write_problem(self, flight: Flight) -> Ended | None:
+    def _write_failure(self, flight: Flight) -> str | None:
         try:
             self._write(commit.stage_path(self.folder, flight.name), flight.staged.tensors)
         except CheckpointException as error:  # all ranks get it alike
             rank, (first, _) = next(iter(error.failures.items()))
-            return Ended(flight.name, "refused", f"{described(first)}, on rank {rank}")
+            return f"{described(first)}, on rank {rank}"
         return None
 
-    def _concluded(self, flight: Flight, ended: Ended | None) -> Ended:
-        """Commit, or clear up after what failed. Rank 0 calls it."""
-        remarks: list[str] = []
-        if ended is None:
+    def _concluded(self, flight: Flight, ended: Ended | None, failure: str | None) -> Ended:
+        """Commit, or clear up after what failed. Rank 0 calls it. failure: what kept it from being written."""
+        if ended is None and failure is None:
             try:
                 self._commit(flight)
+            except UnflushedError as error:
+                # Nothing older is removed: it may have to stand in.
+                return Ended(flight.name, "saved", remarks=(f"{self.folder}: cannot be flushed ({described(error)})",))
             except LostLeaseError as error:
                 ended = Ended(flight.name, "lost lease", str(error))
             except (OSError, ValueError, DamagedCheckpointError) as error:
-                ended = Ended(flight.name, "refused", described(error))
+                failure = described(error)
             else:
                 try:
                     self._prune()
                 except OSError as error:
-                    remarks.append(f"{self.folder}: old checkpoints are not removed ({error})")
-                return Ended(flight.name, "saved", remarks=tuple(remarks))
-        if ended.kind in ("saved", "lost lease"):
+                    remark = f"{self.folder}: old checkpoints are not removed ({error})"
+                    return Ended(flight.name, "saved", remarks=(remark,))
+                return Ended(flight.name, "saved")
+        if ended and ended.kind in ("saved", "lost lease"):
             return ended  # what stands at the stage's path may be the new owner's
         # The half that was written holds room that the next try needs.
         shutil.rmtree(commit.stage_path(self.folder, flight.name), ignore_errors=True)
-        why = ended.why
-        if ended.kind == "refused" and "bytes" not in why:
-            why += f"; it needs {self._needed_bytes(flight):,} bytes, and {self._free_bytes():,} are free"
-        return Ended(ended.name, ended.kind, why)
+        return ended or Ended(flight.name, "refused", f"{failure}; {self._room(flight)}")
 
     def _write(self, stage: Path, tensors: dict[str, torch.Tensor]) -> None:
         # thread_count above 1 was seen to lose items on an I/O error. A host syncs what it wrote itself: the fsync at
@@ -172,6 +171,9 @@ class CheckpointWriter:
         """Bytes of the whole checkpoint: tensors, their archives' headers and metadata, each rank's random state."""
         staged = flight.staged
         return staged.num_bytes + 2048 * len(staged.tensors) + 16384 * self.world.size + 2 * len(flight.content)
+
+    def _room(self, flight: Flight) -> str:
+        return f"it needs {self._needed_bytes(flight):,} bytes, and {self._free_bytes():,} are free"
 
     def _free_bytes(self) -> int:
         return shutil.disk_usage(self.folder).free
