@@ -131,7 +131,7 @@ def attempt(
     with ExitStack() as stack:
         trainer = Trainer(config, world, train, val, num_classes, before.rolled_back)
         stack.callback(trainer.close)
-        if before.stop in signal.Signals.__members__:
+        if before.stop and before.stop != DEADLINE:
             signal.raise_signal(signal.Signals[before.stop])
         startup.note("built_s")
         checkpoint = trainer.resume()
