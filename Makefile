@@ -6,7 +6,7 @@ READY := .venv/ready
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-faults lint format bench bench-loader tables clean
+.PHONY: help install browser demo test test-faults lint format bench bench-loader tables clean
 
 help: ## Show this list.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ $(READY): setup.cfg pyproject.toml
 	@$(PY) -m pip --version >/dev/null 2>&1 || $(PY) -m ensurepip
 	$(PY) -m pip install --disable-pip-version-check --progress-bar off --editable '.[dali,demo,parquet,remote,test,dev]'
 	@touch $@
+
+browser: ## Install the Chromium that the report's tests look through, where there is none (Debian, as root).
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
 
 demo: $(READY) ## Train on handwritten digits with 2 processes, kill one on the way, compare with full training.
 	$(PY) launch/demo.py $(ARGS)

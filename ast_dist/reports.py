@@ -3,6 +3,7 @@
 Rank 0 alone has a tracker; the sums over the ranks need all of them, so every rank calls the same methods.
 """
 
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,12 @@ class Reports:
             },
         )
 
-    def progress(self, checkpoint: str | None) -> None:
-        """Tell progress.json where the run is. checkpoint: the newest committed one."""
+    def progress(self, checkpoint: str | None, verified_at: float | None) -> None:
+        """Tell progress.json where the run is.
+
+        checkpoint: the newest committed one. verified_at: when all of it was last read back and found sound, seconds
+        since 1970, or None.
+        """
         if self.tracker:
             state = self._state
             self.tracker.progress(
@@ -88,6 +93,8 @@ class Reports:
                 last_acc1=state.last_acc1,
                 eta_s=self._eta_s(),
                 checkpoint=checkpoint,
+                checkpoint_verified_at=verified_at
+                and datetime.fromtimestamp(verified_at, UTC).isoformat("T", "seconds"),
             )
 
     def damaged(self, found: list[str]) -> None:

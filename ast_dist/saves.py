@@ -57,7 +57,7 @@ class Saves:
             self._clock.save_ended(ended.save_s, ended.copy_s)
             if self._deadline:
                 self._deadline.saw_save(ended.save_s)
-            self._reports.progress(self._checkpoints.latest)
+            self._reports.progress(self._checkpoints.latest, self._checkpoints.verified_at)
 
     def wait(self, epoch: int) -> None:
         """Wait until the save under way has ended; all ranks must call. epoch: the present one.

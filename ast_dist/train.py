@@ -140,7 +140,7 @@ def attempt(
         outcome: Literal["finished", "paused", "failed"] = "failed"
         message, needs_person = "", False
         try:
-            trainer.reports.progress(trainer.checkpoints.newest)
+            trainer.reports.progress(trainer.checkpoints.newest, trainer.checkpoints.verified_at)
             ended = trainer.run()
             trainer.saves.wait(trainer.state.epoch)
             reasons: list[str | None] = [trainer.guard.reason or "a peer"]
@@ -169,7 +169,7 @@ def attempt(
             raise
         finally:
             trainer.checkpoints.abandon(2 if needs_person else 1)
-            trainer.reports.progress(trainer.checkpoints.latest)
+            trainer.reports.progress(trainer.checkpoints.latest, trainer.checkpoints.verified_at)
             if trainer.reports.tracker:
                 # Somebody who asked to stop is waiting: the last picture is not worth the grace.
                 timeout_s = min(30.0 if outcome == "finished" else 5.0, trainer.guard.left_s)

@@ -123,3 +123,24 @@ def test_what_was_committed_and_could_not_be_flushed_is_saved_with_a_remark_and_
         newest = saved(checkpoints, state)
     assert checkpoints.newest == newest.name == "step-00000001"
     assert older.is_dir()
+
+
+def test_what_reads_back_otherwise_than_it_was_hashed_is_no_checkpoint_and_the_one_before_stands(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, state = Checkpoints(tmp_path, world, keep_last=1), fresh_state()
+    older = saved(checkpoints, state)
+    assert checkpoints.verified_at is not None
+    train(state, 1)
+    plain = commit.commit
+
+    def lying(stage: Path, final: Path, *arguments: Any) -> None:
+        """A mock of a disk: no disk here forgets what it was given."""
+        plain(stage, final, *arguments)
+        (final / "state.json").write_text("{}")
+
+    monkeypatch.setattr(commit, "commit", lying)
+    checkpoints.save(state)
+    with pytest.warns(RuntimeWarning, match=r"state\.json: 2 bytes, but .* moved to \.corrupt-step-00000001-0"):
+        assert checkpoints.wait() is None
+    assert Checkpoints(tmp_path, world, keep_last=1).find() == older

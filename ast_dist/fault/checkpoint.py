@@ -50,8 +50,9 @@ class Checkpoints(CheckpointWriter):
     """The checkpoints of one run.
 
     folder: RUN/checkpoints, on storage that all ranks see. keep_last, keep_every_h: see `retention.to_prune`.
-    newest: name of the newest one that all ranks know to be committed. fence: rank 0's, asked right before a commit;
-    it raises LostLeaseError where this process may not write here any more.
+    newest: name of the newest one that all ranks know to be committed. verified_at: when rank 0 last read it back and
+    all of it agreed with its SHA-256, seconds since 1970, None where it could not. fence: rank 0's, asked right before
+    a commit; it raises LostLeaseError where this process may not write here any more.
 
     `save` starts to save and `wait` takes in how it ended; the next `save` does so first. So all ranks learn of it at
     the same place of their program: what follows from it (the count of failures, an error) is the same on all.
@@ -60,6 +61,7 @@ class Checkpoints(CheckpointWriter):
     def __init__(self, folder: Path, world: World, keep_last: int, keep_every_h: float = 0.0) -> None:
         super().__init__(folder, world, keep_last, keep_every_h)
         self.newest: str | None = None
+        self.verified_at: float | None = None
         self._staging = Staging(world.device)
         self._flight: Flight | None = None
         self._unread: Ended | None = None
@@ -229,7 +231,7 @@ class Checkpoints(CheckpointWriter):
         expected = {key: value for key, value in loaded.items() if key != "rng"}
         state.load_state_dict(loaded, self.world.rank)
         state.session = session
-        self.newest = checkpoint.name
+        self.newest, self.verified_at = checkpoint.name, time.time()
         held = state.state_dict(self.world.rank)
         if (digest := hash_state(held, with_rng=False)) != hash_state(expected):
             told = difference(expected, held)
@@ -249,6 +251,8 @@ class Checkpoints(CheckpointWriter):
             flight.is_seen = True
             self._unread = ended
             self._slowest_s = max(self._slowest_s, ended.save_s)
+            if ended.kind == "saved":
+                self.verified_at = ended.verified_at
             if self.world.is_main:
                 goes_on = ended.kind == "refused" and self._failures + 1 < _FAILURES_LIMIT
                 failed = (f"{self._message(ended)}; training goes on",) if goes_on else ()

@@ -1,5 +1,6 @@
 """Write a checkpoint and commit it: what the thread of each rank does, over a process group of its own."""
 
+import dataclasses
 import shutil
 import threading
 import time
@@ -31,7 +32,8 @@ class Ended:
     """How a save ended. Every rank holds the same, but for the times, which are its own.
 
     why: what kept it from being saved. remarks: what went wrong beside it. save_s: from its start until it was
-    committed. copy_s: for how long copying held up the GPU.
+    committed. copy_s: for how long copying held up the GPU. verified_at: when every file was read back and agreed with
+    its SHA-256, seconds since 1970; None where that could not be done.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Ended:
     remarks: tuple[str, ...] = ()
     save_s: float = 0.0
     copy_s: float = 0.0
+    verified_at: float | None = None
 
 
 @dataclass
@@ -78,7 +81,7 @@ class CheckpointWriter:
         if world.is_main:
             ended = self._concluded(flight, ended, failure)
         ended = world.broadcast(ended, group)
-        return Ended(ended.name, ended.kind, ended.why, ended.remarks, time.monotonic() - flight.began, copy_s)
+        return dataclasses.replace(ended, save_s=time.monotonic() - flight.began, copy_s=copy_s)
 
     def _prepare(self, flight: Flight) -> Ended | None:
         """What this rank has against the save; None where nothing. Rank 0 makes the stage folder."""
@@ -90,7 +93,7 @@ class CheckpointWriter:
         try:
             self.fence()
             if self._is_there(flight.name):
-                return Ended(flight.name, "saved")
+                return Ended(flight.name, "saved", verified_at=time.time())
             commit.new_stage(self.folder, flight.name)
             free, needed = self._free_bytes(), self._needed_bytes(flight)
             if free < needed:
@@ -138,17 +141,29 @@ class CheckpointWriter:
             except (OSError, ValueError, DamagedCheckpointError) as error:
                 failure = described(error)
             else:
-                try:
-                    self._prune()
-                except OSError as error:
-                    remark = f"{self.folder}: old checkpoints are not removed ({error})"
-                    return Ended(flight.name, "saved", remarks=(remark,))
-                return Ended(flight.name, "saved")
+                return self._checked(flight.name)
         if ended and ended.kind in ("saved", "lost lease"):
             return ended  # what stands at the stage's path may be the new owner's
         # The half that was written holds room that the next try needs.
         shutil.rmtree(commit.stage_path(self.folder, flight.name), ignore_errors=True)
         return ended or Ended(flight.name, "refused", f"{failure}; {self._room(flight)}")
+
+    def _checked(self, name: str) -> Ended:
+        """Read back what was committed, and remove what nobody would miss any more."""
+        try:
+            commit.verify(self.folder / name)
+        except DamagedCheckpointError as error:
+            # The checkpoints before it are still there: nothing was pruned.
+            return Ended(name, "refused", f"{error}; moved to {commit.quarantine(self.folder / name).name}")
+        except OSError as error:
+            return Ended(name, "saved", remarks=(f"{self.folder / name}: cannot be read back ({described(error)})",))
+        verified_at = time.time()
+        try:
+            self._prune()
+        except OSError as error:
+            remark = f"{self.folder}: old checkpoints are not removed ({error})"
+            return Ended(name, "saved", remarks=(remark,), verified_at=verified_at)
+        return Ended(name, "saved", verified_at=verified_at)
 
     def _write(self, stage: Path, tensors: dict[str, torch.Tensor]) -> None:
         # thread_count above 1 was seen to lose items on an I/O error. A host syncs what it wrote itself: the fsync at

@@ -25,7 +25,8 @@ def write_progress(run_dir: Path | str, progress: Mapping[str, Any]) -> None:
 
     progress: state (running, finished, paused, failed), epoch (completed), epochs, step, best_acc1 and last_acc1
     (percent, None before the first evaluation), sessions, restarts, total_s, eta_s, checkpoint, checkpoint_at (ISO
-    time), policy, message. NaN is written as null. `updated_at` is added. Raises OSError when the disk refuses.
+    time), checkpoint_verified_at (ISO time at which all its files were last read back and agreed with their SHA-256),
+    policy, message. NaN is written as null. `updated_at` is added. Raises OSError when the disk refuses.
     """
     stamped = {**plain(progress), "updated_at": datetime.now(UTC).isoformat(timespec="seconds")}
     text = json.dumps(stamped, indent=1, allow_nan=False, ensure_ascii=False) + "\n"

@@ -54,6 +54,7 @@ class Tracker:
         self._progress: dict[str, Any] = {
             **{"state": "running", "epoch": 0, "step": 0, "best_acc1": None, "last_acc1": None, "total_s": 0.0},
             **{"eta_s": None, "checkpoint": None, "checkpoint_at": None, "message": ""},
+            "checkpoint_verified_at": None,
             "epochs": epochs,
             "sessions": self._start_row["session"],
             "restarts": sum(row["restart"] > 0 for row in starts) + (restart > 0),
