@@ -21,7 +21,7 @@ $(READY): setup.cfg pyproject.toml
 	@touch $@
 
 browser: ## Install the Chromium that the report's tests look through, where there is none (Debian, as root).
-	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+	@command -v chromium >/dev/null || { apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; }
 
 demo: $(READY) ## Train on handwritten digits with 2 processes, kill one on the way, compare with full training.
 	$(PY) launch/demo.py $(ARGS)
