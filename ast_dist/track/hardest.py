@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from ast_dist.data.index import Index
 from ast_dist.data.read import DamagedSampleError, Reader
@@ -53,8 +53,12 @@ class Hardest:
         try:
             for sample_id, score, visits in zip(self.ids, self.significance, self.visits, strict=True):
                 try:
-                    image = _thumbnail(reader.read(int(sample_id)))
-                except (DamagedSampleError, UnidentifiedImageError):
+                    data = reader.read(int(sample_id))
+                except DamagedSampleError:
+                    continue
+                try:
+                    image = _thumbnail(data)
+                except Exception:  # Pillow raises of many kinds; what training cannot decode, it tells itself
                     continue
                 label = int(self.index.label[sample_id])
                 name = str(classes[label]) if label < len(classes) else str(label)

@@ -22,7 +22,7 @@ from ast_dist.track.code_version import code_version
 from ast_dist.track.hardest import Hardest
 from ast_dist.track.progress import replace_atomically
 from ast_dist.track.wandb_artifact import CheckpointArtifact
-from ast_dist.track.wandb_fragments import fragments, mark_sent, own_step, steps_held
+from ast_dist.track.wandb_fragments import fragments, mark_sent, own_step, pass_over_empty, steps_held
 
 Mode = Literal["off", "offline", "online"]
 ID_NAME = "wandb_id"
@@ -222,6 +222,7 @@ class WandbRun:
         import wandb
 
         assert self.run_id
+        logs = pass_over_empty(fragments(self.run_dir, self.run_id))
         if self.mode == "online":
             try:
                 wandb.setup(settings=wandb.Settings(silent=True))
@@ -237,7 +238,6 @@ class WandbRun:
                 where = f"{self.run_dir}/wandb"
                 self._say_wrong(f"not online ({_first_line(error)}); the run is written offline to {where}")
                 wandb.teardown()  # a service that could not begin the run holds on to its id and refuses it
-        logs = fragments(self.run_dir, self.run_id)
         run = self._init("offline")
         try:
             self._held = set().union(*map(steps_held, logs))

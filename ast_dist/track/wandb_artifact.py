@@ -50,11 +50,10 @@ class CheckpointArtifact:
 
     def note(self, newest: Path, best: Path | None) -> None:
         """Take in a commit. A new best is sent beside the training, one at a time, once in 10 minutes at most."""
-        is_new = best is not None and best != self._best
         self._newest, self._best = newest, best
         is_idle = self._sending is None or not self._sending.is_alive()
         is_due = self._logged_at is None or self._now() - self._logged_at >= _INTERVAL_S
-        if is_new and best is not None and self._is_online and is_idle and is_due:
+        if self._is_online and best is not None and best.name != self._logged_best and is_idle and is_due:
             self._log(best, ["best"])
 
     def finish(self) -> None:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 _INSPECT_TIMEOUT_S = 120.0
+# What a log begins with, before its first record.
+_HEADER_BYTES = 7
 
 
 def own_step(row: dict[str, Any]) -> int:
@@ -28,6 +30,17 @@ def fragments(run_dir: Path, run_id: str) -> list[Path]:
     """The logs of a run's sessions on this disk, the oldest first, those that began online and those that did not."""
     found = run_dir.glob(f"wandb/*run-*-{run_id}/run-{run_id}.wandb")
     return sorted(found, key=lambda log: log.parent.name.removeprefix("offline-"))
+
+
+def pass_over_empty(logs: list[Path]) -> list[Path]:
+    """The fragments that hold something. `wandb sync` is told to pass over the others: at one of them it sends none.
+
+    A session that is killed within its first two seconds leaves an empty one.
+    """
+    for log in logs:
+        if log.stat().st_size <= _HEADER_BYTES:
+            mark_sent(log)
+    return [log for log in logs if log.stat().st_size > _HEADER_BYTES]
 
 
 def steps_held(log: Path) -> set[int]:

@@ -13,6 +13,7 @@ import ast_dist
 from ast_dist.track.code_version import code_version
 from ast_dist.track.wandb_fragments import own_step
 from tests.faults.wandb_server import wandb_server
+from tests.track.wandb_log import history, records, summary
 
 LOG = """
 import json, os, signal, sys
@@ -59,20 +60,6 @@ def log_rows(run_dir, mode, first, last, environment=None, **options):
     return [tuple(json.loads(line)) for line in ended.stdout.splitlines()]
 
 
-def records(run_dir):
-    """The records of each offline run in RUN/wandb, oldest first, as `wandb leet inspect --json` prints them."""
-    found = []
-    for path in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
-        command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(path)]
-        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-        found.append([json.loads(line) for line in printed.splitlines()])
-    return found
-
-
-def history(session):
-    return [record["history"]["item"] for record in session if record["type"] == "history"]
-
-
 def steps(numbers):
     """W&B's steps of the program's rows."""
     return [
@@ -111,15 +98,6 @@ def test_every_row_is_logged_with_its_keys_and_a_resumed_run_goes_on_under_the_s
             if number % 5 == 4:
                 expected |= {"val/acc1": 50.0 - number, "val/loss": 1.0 + number}
             assert own == expected
-
-
-def summary(session):
-    """The summary that a fragment ends with."""
-    found = {}
-    for record in session:
-        if record["type"] == "summary":
-            found |= record["summary"]["update"]
-    return found
 
 
 def test_a_kill_and_what_it_cost_leave_each_row_once_in_all_fragments_together(run_dir):
