@@ -255,7 +255,7 @@ class WandbRun:
             console="off",  # capturing the terminal would break the bars
             silent=True,
             save_code=False,
-            disable_code=True,  # else W&B sends the diff of whatever repository it stands in
+            disable_code=True,
             stop_fn=lambda: self._inform("W&B: a stop asked for on the run's page is passed over; press Ctrl-C here."),
             x_transaction_log_flush_interval=FLUSH_INTERVAL_S,
         )
