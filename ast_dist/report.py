@@ -93,7 +93,7 @@ def render(runs: Sequence[Run], data_train: Sequence[Path] = ()) -> str:
         targets["comparison"] = "Comparison"
     for number, run in enumerate(runs, start=1):
         prefix = "" if is_one else f"run-{number}-"
-        own = _parts(run, data_train, now, 2 if is_one else 3, prefix)
+        own = _parts(run, data_train, 2 if is_one else 3, prefix)
         if is_one:
             parts += own.values()
             targets |= {anchor: _TITLES[anchor] for anchor in own}
@@ -114,11 +114,11 @@ _TITLES = {
 }
 
 
-def _parts(run: Run, data_train: Sequence[Path], now: datetime, level: int, prefix: str) -> dict[str, str]:
+def _parts(run: Run, data_train: Sequence[Path], level: int, prefix: str) -> dict[str, str]:
     """The parts of one run's report, in their order, by their anchors."""
     memory, damaged, said = _remembered(run)
     bodies = {
-        "status": status(run, now),
+        "status": status(run),
         "curves": curves(run),
         "faults": faults(run, damaged),
         "samples": samples(run, memory, said, data_train, level + 1),

@@ -13,12 +13,12 @@ from ast_dist.report_sections import best_acc1, energy, known, percent, policy, 
 from ast_dist.track.progress import duration
 
 _HEADINGS = (
-    *("run", "policy", "target rate", "epochs", "best top-1", "last top-1", "cost, epochs of full training"),
+    *("run", "policy", "target rate", "epochs", "best top-1", "last top-1", "cost"),
     *("samples skipped", "FLOPs saved", "GPU energy", "time", "sessions", "restarts", "state"),
 )
 _COST = (
-    "Cost: forward, backward and scoring, measured, in epochs of training on everything. Skipped and saved: against "
-    "training everything for as many epochs as the run itself did."
+    "Top-1: on the validation split. Cost: forward, backward and scoring, measured, in epochs of training on "
+    "everything. Skipped and saved: against training everything for as many epochs as the run itself did."
 )
 
 

@@ -10,7 +10,7 @@ from ast_dist.report_run import Run, as_number
 
 def panels(run: Run) -> list[Panel]:
     """All plots of one run, in the order of the page."""
-    marks = _marks(run)
+    marks = marks_of(run)
     return [
         _accuracy(run, marks),
         _loss(run, marks),
@@ -20,7 +20,7 @@ def panels(run: Run) -> list[Panel]:
         _threshold(run, marks),
         _integral(run, marks),
         _epoch_time(run, marks),
-        Panel("Images per second", [Curve("images/s", *run.series("perf/images_per_s", "step"))], low=0.0, marks=marks),
+        Panel("Images per second", [Curve("images/s", *run.most_often("perf/images_per_s"))], low=0.0, marks=marks),
         _shares("Waiting for data, % of the time", run, (("perf/data_wait", "data wait"),), marks),
         _wall_time(run),
         *_where_measured(run, marks),
@@ -105,7 +105,7 @@ def _wall_time(run: Run) -> Panel:
     """Epochs done over the time spent, work that a kill undid included."""
     total_s, done = run.series("progress/epoch", x_key="time/total_s")
     unit, size = time_unit(float(total_s.max()) if total_s.size else 0.0)
-    marks = _marks(run, "time/total_s", 1 / size)
+    marks = marks_of(run, "time/total_s", 1 / size)
     return Panel(
         "Progress over the time spent", [Curve("epochs done", total_s / size, done)], unit, low=0.0, marks=marks
     )
@@ -115,7 +115,7 @@ def _where_measured(run: Run, marks: Sequence[Mark]) -> list[Panel]:
     """What not every run measures, and nobody misses where it is not there."""
     found = [
         _shares("Model FLOPs utilisation, % of the device's peak", run, (("perf/mfu", "MFU"),), marks),
-        Panel("Peak memory, GB", [Curve("memory", *run.series("perf/mem_gb"))], low=0.0, marks=marks),
+        Panel("Peak memory, GB", [Curve("memory", *run.most_often("perf/mem_gb"))], low=0.0, marks=marks),
         Panel(
             "GPU energy per epoch, J",
             [
@@ -141,11 +141,11 @@ def _shares(title: str, run: Run, keys: Sequence[tuple[str, str]], marks: Sequen
 
 
 def _percent(run: Run, key: str) -> tuple[np.ndarray, np.ndarray]:
-    x, share = run.series(key)
+    x, share = run.most_often(key)
     return x, 100 * share
 
 
-def _marks(run: Run, x_key: str = "progress/epoch", scale: float = 1.0) -> list[Mark]:
+def marks_of(run: Run, x_key: str = "progress/epoch", scale: float = 1.0) -> list[Mark]:
     """Where the run went on from a checkpoint."""
     pairs = [(as_number(row.get("global_step")), as_number(row.get(x_key))) for row in run.rows]
     at = sorted((step, x) for step, x in pairs if step is not None and x is not None)

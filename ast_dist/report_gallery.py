@@ -5,7 +5,6 @@ from html import escape
 from pathlib import Path
 
 from ast_dist.report_page import bullets, paragraph, table
-from ast_dist.report_plots import number
 from ast_dist.report_run import Run, as_number
 from ast_dist.report_samples import (
     SIDE_PX,
@@ -88,14 +87,14 @@ def _tile(sample: Sample) -> str:
 
 
 def _measures(sample: Sample) -> list[str]:
-    lines = [f"{number(sample.significance)} nats", f"{sample.visits:,} visit{'' if sample.visits == 1 else 's'}"]
-    return [*lines, f"{sample.streak:,} in the tail"] if sample.streak else lines
+    lines = [f"{sample.significance:.3g} nats", f"{sample.visits:,} visit{'' if sample.visits == 1 else 's'}"]
+    return [*lines, f"{sample.streak:,} at the top"] if sample.streak else lines
 
 
 def _listed(title: str, found: Sequence[Sample]) -> str:
     """The samples as numbers, where there are no pictures."""
     rows = [
-        (f"{sample.sample_id}", number(sample.significance), f"{sample.visits:,}", f"{sample.last_epoch + 1:,}")
+        (f"{sample.sample_id}", f"{sample.significance:.3g}", f"{sample.visits:,}", f"{sample.last_epoch + 1:,}")
         for sample in found
     ]
     return table(title, ("sample id", "significance, nats", "visits", "last trained in epoch"), rows, range(1, 4))

@@ -20,10 +20,10 @@ _STYLES = (
     ("blue", "", "circle"),
     ("orange", "7 4", "square"),
     ("green", "2 4", "triangle"),
-    ("vermillion", "10 3 2 3", "diamond"),
+    ("vermillion", "9 5 2 5", "diamond"),
     ("purple", "14 4", "cross"),
-    ("black", "4 2", "down"),
-    ("sky", "10 3 2 3 2 3", "ring"),
+    ("black", "4 6", "down"),
+    ("sky", "12 4 2 4 2 4", "ring"),
 )
 
 
@@ -79,11 +79,19 @@ class Panel:
 def figure(panel: Panel) -> str:
     """The panel as a <figure>: its title, a legend, the plot, and what is to be said below it."""
     curves = [curve for curve in panel.curves if curve.is_measured]
-    legend = "".join(f"<li>{_sample(curve.style)}{escape(curve.label)}</li>" for curve in curves)
-    legend += "".join(f"<li>{_mark_sample(is_restart)}{escape(text)}</li>" for is_restart, text in _kinds(panel.marks))
-    body = f'<ul class="legend">{legend}</ul>{_svg(panel, curves)}' if curves else f"<p>{escape(panel.empty)}</p>"
+    legend = [f"{_sample(curve.style)}{escape(curve.label)}" for curve in curves]
+    # One curve is what the title says.
+    body = (_legend(legend) if len(panel.curves) > 1 else "") + _svg(panel, curves) if curves else ""
+    body = body or f"<p>{escape(panel.empty)}</p>"
     notes = "".join(f'<p class="note">{escape(note)}</p>' for note in panel.notes)
     return f'<figure class="plot"><figcaption>{escape(panel.title)}</figcaption>{body}{notes}</figure>\n'
+
+
+def legend_of_marks(marks: Sequence[Mark]) -> str:
+    """What the vertical lines of the plots are; nothing where there are none."""
+    there = {mark.is_restart for mark in marks}
+    kinds = [(kind, text) for kind, text in ((False, "a new session"), (True, "a restart")) if kind in there]
+    return _legend([f"{_mark_sample(kind)}{text} went on from a checkpoint" for kind, text in kinds])
 
 
 def number(value: float) -> str:
@@ -257,9 +265,8 @@ def _sample(style: int) -> str:
     return f'<svg class="sample" viewBox="0 0 36 14" aria-hidden="true">{line}{_shape(mark, 18, 7, color)}</svg>'
 
 
-def _kinds(marks: Sequence[Mark]) -> list[tuple[bool, str]]:
-    there = {mark.is_restart for mark in marks}
-    return [(kind, text) for kind, text in ((False, "new session"), (True, "restart")) if kind in there]
+def _legend(items: Sequence[str]) -> str:
+    return f'<ul class="legend">{"".join(f"<li>{item}</li>" for item in items)}</ul>' if items else ""
 
 
 def _mark_sample(is_restart: bool) -> str:

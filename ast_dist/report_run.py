@@ -77,6 +77,11 @@ class Run:
         known = [(x, math.nan if y is None else y) for x, y in points if x is not None]
         return np.array([x for x, _ in known], np.float64), np.array([y for _, y in known], np.float64)
 
+    def most_often(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """As `series`, of steps or, where no step tells, of epochs: an epoch's mean is no point among its steps."""
+        x, y = self.series(key, "step")
+        return (x, y) if x.size else self.series(key, "epoch")
+
     def gapped(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """As `series`, with NaN also where a row lacks the key: what is not there in some epochs."""
         points = [

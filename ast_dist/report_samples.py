@@ -4,9 +4,8 @@ import base64
 import io
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -39,7 +38,11 @@ class Memory:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample to show. image: a JPEG of 96 pixels or fewer; empty where `problem` says why there is none."""
+    """One sample to show.
+
+    streak: visits in a row at the top, of a suspect. image: a JPEG of at most 96 pixels a side, its longer one `side`;
+    empty where `problem` says why there is none.
+    """
 
     sample_id: int
     significance: float
@@ -84,7 +87,10 @@ def hard_tail(memory: Memory) -> Gallery | None:
         return None
     ids = np.flatnonzero(memory.suspects)
     order = ids[np.lexsort((ids, -np.nan_to_num(memory.significance[ids]), -memory.streak[ids]))]
-    return _gallery(memory, order[:MAX_SAMPLES], order.size)
+    found = _gallery(memory, order[:MAX_SAMPLES], order.size)
+    return Gallery(
+        [replace(sample, streak=int(memory.streak[sample.sample_id])) for sample in found.samples], found.count
+    )
 
 
 def find_index(run: Run, folders: Sequence[Path], num_samples: int) -> tuple[Index | None, str]:
@@ -154,20 +160,17 @@ def thumbnail(data: bytes) -> tuple[bytes, int]:
 
 def _shown(sample: Sample, index: Index, reader: Reader, names: Sequence[str]) -> Sample:
     label = int(index.label[sample.sample_id])
-    about: dict[str, Any] = {
-        **vars(sample),
-        "key": bytes(index.keys[sample.sample_id]).decode(errors="replace"),
-        "class_name": names[label] if 0 <= label < len(names) else f"class {label}",
-    }
+    key = bytes(index.keys[sample.sample_id]).decode(errors="replace")
+    named = replace(sample, key=key, class_name=names[label] if 0 <= label < len(names) else f"class {label}")
     try:
         data = reader.read(sample.sample_id)
     except (DamagedSampleError, OSError) as error:
-        return Sample(**about | {"problem": str(error)})
+        return replace(named, problem=str(error))
     try:
         image, side = thumbnail(data)
     except Exception as error:  # noqa: BLE001 - what Pillow raises for a broken file depends on its format
-        return Sample(**about | {"problem": f"does not decode ({type(error).__name__})"})
-    return Sample(**about | {"image": image, "side": side})
+        return replace(named, problem=f"does not decode ({type(error).__name__})")
+    return replace(named, image=image, side=side)
 
 
 def _by_significance(memory: Memory) -> np.ndarray:
@@ -188,7 +191,6 @@ def _gallery(memory: Memory, ids: np.ndarray, count: int) -> Gallery:
             significance=float(memory.significance[i]),
             visits=int(memory.visits[i]),
             last_epoch=int(memory.last_epoch[i]),
-            streak=None if memory.streak is None else int(memory.streak[i]),
         )
         for i in ids.tolist()
     ]

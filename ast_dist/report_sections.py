@@ -1,16 +1,16 @@
 """The report of one run, part by part, as HTML."""
 
 from collections.abc import Sequence
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import yaml
 
-from ast_dist.report_curves import panels
+from ast_dist.report_curves import marks_of, panels
 from ast_dist.report_page import bullets, details, facts, paragraph, table, verbatim
-from ast_dist.report_plots import figure, number
+from ast_dist.report_plots import figure, legend_of_marks
 from ast_dist.report_run import Row, Run, as_number, default_settings, flat
-from ast_dist.track.progress import checkpoint_age_s, duration
+from ast_dist.track.progress import duration
 
 NOT_MEASURED = "not measured"
 _DAMAGED = "damaged sample left out: "
@@ -41,7 +41,7 @@ _EPOCH_COLUMNS: tuple[tuple[str, str, int, float], ...] = (
 )
 
 
-def status(run: Run, now: datetime) -> str:
+def status(run: Run) -> str:
     """Where the run stands, and what is wrong with it or with its files."""
     progress = run.progress
     alarms = [*run.notes]
@@ -50,18 +50,16 @@ def status(run: Run, now: datetime) -> str:
         alarms.append(message)
     elif message:
         alarms += [] if message in alarms else [message]
-    return facts(status_facts(run, now)) + bullets(alarms, "alarm")
+    return facts(status_facts(run)) + bullets(alarms, "alarm")
 
 
-def status_facts(run: Run, now: datetime) -> dict[str, str]:
+def status_facts(run: Run) -> dict[str, str]:
     """The status in names and values; "-" is unknown or not there yet."""
     progress = run.progress
     left = duration(as_number(progress.get("eta_s")))
     low, high = as_number(progress.get("eta_low_s")), as_number(progress.get("eta_high_s"))
     if low is not None and high is not None and high > 0:
         left += f" ({duration(low)} to {duration(high)})"
-    age_s = checkpoint_age_s(progress, now)
-    verified = progress.get("checkpoint_verified_at")
     idle_w = run.last("cost/gpu_idle_w")
     found = {
         "state": known(progress, "state"),
@@ -76,8 +74,8 @@ def status_facts(run: Run, now: datetime) -> dict[str, str]:
         "sessions": known(progress, "sessions"),
         "restarts survived": known(progress, "restarts"),
         "last checkpoint": known(progress, "checkpoint"),
-        "checkpoint's age": duration(age_s),
-        "checkpoint verified": str(verified) if verified else "-",
+        "saved at": moment(progress.get("checkpoint_at")),
+        "verified at": moment(progress.get("checkpoint_verified_at")),
         "samples skipped": samples_skipped(run),
         "FLOPs saved": percent(run.last("cost/flops_saved"), 100),
         "joules saved": percent(run.last("cost/joules_saved"), 100, NOT_MEASURED),
@@ -92,7 +90,7 @@ def status_facts(run: Run, now: datetime) -> dict[str, str]:
 def curves(run: Run) -> str:
     """All plots, and the epochs in numbers."""
     plots = "".join(figure(panel) for panel in panels(run))
-    return f'<div class="plots">\n{plots}</div>\n' + _epochs(run)
+    return legend_of_marks(marks_of(run)) + f'<div class="plots">\n{plots}</div>\n' + _epochs(run)
 
 
 def faults(run: Run, damaged: int | None) -> str:
@@ -116,7 +114,7 @@ def faults(run: Run, damaged: int | None) -> str:
         (
             known(start, "session"),
             known(start, "restart"),
-            known(start, "started_at"),
+            moment(start.get("started_at")),
             known(start, "checkpoint") if start.get("checkpoint") else "the beginning",
             known(start, "world_size"),
             known(start, "resumed_from_step", "{:,}"),
@@ -268,8 +266,20 @@ def percent(value: float | None, factor: float = 1.0, absent: str = "-") -> str:
 
 
 def energy(joules: float | None) -> str:
-    """Joules, and kWh beside them."""
-    return NOT_MEASURED if joules is None else f"{number(joules)} J ({joules / 3.6e6:.3g} kWh)"
+    """Joules as people write them: 3.808 MJ."""
+    if joules is None:
+        return NOT_MEASURED
+    size, unit = next(((s, u) for s, u in ((1e9, "GJ"), (1e6, "MJ"), (1e3, "kJ")) if abs(joules) >= s), (1.0, "J"))
+    return f"{joules / size:.4g} {unit}"
+
+
+def moment(text: Any) -> str:
+    """A time of the run's files, to the second, in UTC; what is no time comes back as it is."""
+    try:
+        found = datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return "-" if text is None else str(text)
+    return f"{found.astimezone(UTC) if found.tzinfo else found:%Y-%m-%d %H:%M:%S} UTC"
 
 
 def policy(run: Run) -> str:

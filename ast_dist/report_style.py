@@ -39,6 +39,8 @@ figure { margin: 0; min-width: 0; }
 .plot figcaption { font-weight: 600; }
 .plot svg:not(.sample) { display: block; width: 100%; max-width: 640px; height: auto; }
 .plot > p:not(.note) { color: var(--soft); padding: 20px 0; }
+section > .legend { margin-bottom: 14px; }
+.plots + .scroll, .plots + p, .plots + details { margin-top: 24px; }
 .legend { display: flex; flex-wrap: wrap; gap: 0 16px; list-style: none; margin: 0; padding: 0; font-size: .85rem; }
 .legend li { display: flex; align-items: center; gap: 6px; min-width: 0; }
 .sample { width: 36px; height: 14px; flex: none; }
@@ -56,10 +58,10 @@ svg .end { text-anchor: end; } svg .mid { text-anchor: middle; }
 .sky { stroke: var(--sky); }
 .scroll { overflow-x: auto; margin: 0 0 16px; }
 .scroll:focus-visible, summary:focus-visible, a:focus-visible { outline: 2px solid var(--link); outline-offset: 2px; }
-table { border-collapse: collapse; font-size: .9rem; overflow-wrap: normal; }
+table { border-collapse: collapse; font-size: .9rem; width: max-content; }
 caption { text-align: left; color: var(--soft); padding: 0 0 6px; }
 th, td { text-align: left; vertical-align: top; padding: 5px 14px 5px 0; border-bottom: 1px solid var(--rule); }
-td, tbody th { max-width: 420px; }
+td, tbody th { max-width: min(420px, 70vw); }
 thead th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 tbody th { font-weight: 600; }
 .number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }

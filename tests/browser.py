@@ -1,8 +1,8 @@
 """Headless Chromium, driven over its debugging pipe: no port, no driver, nothing to install but the browser.
 
-    with Browser(tmp_path) as browser:
-        page = browser.open(file, width=390)
-        assert page.value("document.documentElement.scrollWidth") <= 390
+with Browser(tmp_path) as browser:
+    page = browser.open(file, width=390)
+    assert page.value("document.documentElement.scrollWidth") <= 390
 """
 
 import base64
@@ -12,6 +12,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections import deque
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,10 @@ FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"),
     *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
     *("--disable-extensions", "--hide-scrollbars", "--force-color-profile=srgb"),
+)
+# Chromium reads commands from descriptor 3 and writes answers to 4.
+_MOVED = (
+    "import os, sys; os.dup2(int(sys.argv[1]), 3), os.dup2(int(sys.argv[2]), 4), os.execv(sys.argv[3], sys.argv[3:])"
 )
 
 
@@ -71,11 +76,11 @@ class Browser:
         self._rest = b""
 
     def __enter__(self) -> "Browser":
-        # Chromium reads commands from descriptor 3 and writes answers to 4; ours must lie above those.
+        # Above 4, or moving one to its place would close the other.
         to_child, ours_out = os.pipe()
         ours_in, to_us = os.pipe()
         child_in, child_out = (fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (to_child, to_us))
-        words = ["sh", "-c", f'exec "$0" "$@" 3<&{child_in} 4>&{child_out}', *self._command]
+        words = [sys.executable, "-ISc", _MOVED, str(child_in), str(child_out), *self._command]
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 words, pass_fds=(child_in, child_out), stdout=log, stderr=log, start_new_session=True
@@ -99,9 +104,7 @@ class Browser:
         for domain in ("Page", "Runtime", "Network", "Log"):
             page.call(f"{domain}.enable")
         mobile = width < 600
-        page.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile
-        )
+        page.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=mobile)
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         page.call("Emulation.setEmulatedMedia", features=[scheme])
         page.call("Page.navigate", url=file.resolve().as_uri())
