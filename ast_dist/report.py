@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
     path = arguments.out or arguments.runs[0] / REPORT_NAME
     runs = open_runs(arguments.runs)
     check_target(path)
-    content = render(runs, arguments.train).encode()
+    content = render(runs, arguments.train).encode(errors="replace")  # half of a character pair is none
     try:
         replace_atomically(path, content)
     except OSError as error:

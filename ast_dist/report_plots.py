@@ -15,6 +15,7 @@ MAX_POINTS = 400  # more are averaged in blocks: a plot this wide shows no more
 MAX_TOOLTIPS = 60  # points of a curve that the mouse finds
 _WIDTH, _HEIGHT = 440, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 8, 38
+_SMALLEST = 1e-200  # below it, floats run out of digits
 # Colour (a class of the style sheet), dashes, mark.
 _STYLES = (
     ("blue", "", "circle"),
@@ -154,17 +155,17 @@ def _round_values(low: float, high: float, most: int) -> list[float]:
 def _scales(panel: Panel, curves: Sequence[Curve]) -> tuple[_Scale, _Scale]:
     x = np.concatenate([curve.x for curve in curves])
     y = np.concatenate([curve.y[np.isfinite(curve.y)] for curve in curves])
-    x_high = float(x.max()) if x.max() > 0 else 1.0
+    x_high = float(x.max()) if x.max() > _SMALLEST else 1.0
     across = _Scale(0.0, 1.02 * x_high, _LEFT, _WIDTH - _RIGHT)
     low, high = float(y.min()), float(y.max())
-    is_log = panel.may_be_log and low > 0 and high / low > 20
+    is_log = panel.may_be_log and low > _SMALLEST and high / 20 > low
     if is_log:
         low, high = low / 1.15, high * 1.15
     else:
-        margin = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
+        margin = max(0.05 * (high - low), 1e-9 * abs(high)) if high > low else 0.1 * abs(high) or 1.0
         low = low - margin if panel.low is None else panel.low
         high = high + margin if panel.high is None else panel.high
-        high = high if high > low else low + 1.0
+        high = high if high - low > _SMALLEST else low + max(1.0, 0.1 * abs(low))
     return across, _Scale(low, high, _HEIGHT - _BOTTOM, _TOP, is_log)
 
 

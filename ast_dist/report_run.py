@@ -19,6 +19,7 @@ from ast_dist.track.progress import PROGRESS_NAME, as_it_is_now, read_progress
 
 METRICS_NAME, SESSIONS_NAME = "metrics.jsonl", "sessions.jsonl"
 Row = Mapping[str, Any]
+_LARGEST = 1e200
 
 
 @dataclass(frozen=True)
@@ -140,13 +141,12 @@ def open_run(folder: Path, name: str = "") -> Run:
 
 
 def as_number(value: Any) -> float | None:
-    """A finite number, or None for anything else: rows may hold null, and what others have written into them."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+    """A number, or None for anything else: rows may hold null, and what others have written into them.
+
+    None as well for what is not finite, or so large that arithmetic with it would not be.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and -_LARGEST < value < _LARGEST else None
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

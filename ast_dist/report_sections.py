@@ -73,6 +73,7 @@ def status_facts(run: Run) -> dict[str, str]:
         "time left": left,
         "sessions": known(progress, "sessions"),
         "restarts survived": known(progress, "restarts"),
+        "warnings": f"{len(run.warnings):,}",
         "last checkpoint": known(progress, "checkpoint"),
         "saved at": moment(progress.get("checkpoint_at")),
         "verified at": moment(progress.get("checkpoint_verified_at")),
