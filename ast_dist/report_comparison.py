@@ -105,7 +105,7 @@ def _panels(runs: Sequence[Run]) -> list[Panel]:
     found = [
         Panel("Val top-1, %, over epochs", over_epochs),
         Panel("Val top-1, %, over measured cost", over_cost, x_name="epochs of full training"),
-        Panel("Val top-1, %, over the time spent", over_time, x_name=unit),
+        Panel("Val top-1, %, over the time spent", over_time, x_name=f"time spent, {unit}"),
     ]
     if any(curve.is_measured for curve in over_energy):
         absent = [f"{curve.label}: not measured" for curve in over_energy if not curve.is_measured]

@@ -107,7 +107,11 @@ def _wall_time(run: Run) -> Panel:
     unit, size = time_unit(float(total_s.max()) if total_s.size else 0.0)
     marks = marks_of(run, "time/total_s", 1 / size)
     return Panel(
-        "Progress over the time spent", [Curve("epochs done", total_s / size, done)], unit, low=0.0, marks=marks
+        "Progress over the time spent",
+        [Curve("epochs done", total_s / size, done)],
+        f"time spent, {unit}",
+        low=0.0,
+        marks=marks,
     )
 
 

@@ -15,6 +15,7 @@ from ast_dist.track.progress import duration
 NOT_MEASURED = "not measured"
 _DAMAGED = "damaged sample left out: "
 _MAX_LISTED = 100
+_OPTIONAL_FACTS = ("best EMA top-1", "sessions left")
 _MAX_EPOCH_ROWS = 300
 # Keys of an epoch's row, their headings, decimals, and what they are multiplied by.
 _EPOCH_COLUMNS: tuple[tuple[str, str, int, float], ...] = (
@@ -60,6 +61,7 @@ def status_facts(run: Run) -> dict[str, str]:
     low, high = as_number(progress.get("eta_low_s")), as_number(progress.get("eta_high_s"))
     if low is not None and high is not None and high > 0:
         left += f" ({duration(low)} to {duration(high)})"
+    fewest, most = (known(progress, f"sessions_left_{end}") for end in ("low", "high"))
     idle_w = run.last("cost/gpu_idle_w")
     found = {
         "state": known(progress, "state"),
@@ -72,6 +74,7 @@ def status_facts(run: Run) -> dict[str, str]:
         "time spent": duration(as_number(progress.get("total_s"))),
         "time left": left,
         "sessions": known(progress, "sessions"),
+        "sessions left": fewest if fewest == most else f"{fewest} to {most}",
         "restarts survived": known(progress, "restarts"),
         "warnings": f"{len(run.warnings):,}",
         "last checkpoint": known(progress, "checkpoint"),
@@ -83,9 +86,8 @@ def status_facts(run: Run) -> dict[str, str]:
         "GPU energy used": energy(run.last("cost/gpu_joules")),
         "GPUs' idle power": NOT_MEASURED if idle_w is None else f"{idle_w:,.1f} W",
     }
-    if found["best EMA top-1"] == "-":
-        del found["best EMA top-1"]
-    return found
+    # Most runs keep no average, and have no limit to a session.
+    return {name: value for name, value in found.items() if value != "-" or name not in _OPTIONAL_FACTS}
 
 
 def curves(run: Run) -> str:
@@ -122,11 +124,14 @@ def faults(run: Run, damaged: int | None) -> str:
             known(start, "steps_repeated", "{:,}"),
             known(start, "recovery_s", "{:.1f}"),
         )
-        for start in starts
+        for start in starts[-_MAX_LISTED:]
     ]
+    left_out = len(starts) - len(rows)
+    caption = "Every start of the training's processes"
+    caption = f"The last {len(rows)} of {len(starts):,} starts; sessions.jsonl has all" if left_out else caption
     return (
         paragraph(told)
-        + table("Every start of the training's processes", headings, rows, numbers=range(4, 8))
+        + table(caption, headings, rows, numbers=range(4, 8))
         + _listed("Roll-backs after losses that were not finite", [_rollback(row) for row in rollbacks])
         + _listed("Checkpoints set aside as damaged", [path.name for path in run.set_aside])
         + _damage(run, damaged)

@@ -9,6 +9,7 @@ import base64
 import fcntl
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from typing import Any
 
 import pytest
 
+PATIENCE_S = 60.0
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 FLAGS = (
     *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"),
@@ -125,6 +127,10 @@ class Browser:
 
     def _next(self) -> dict:
         while not self._lines:
+            is_there, _, _ = select.select([self._in], [], [], PATIENCE_S)
+            assert is_there, (
+                f"Chromium says nothing for {PATIENCE_S:g} s: {self._log.read_text(errors='replace')[-2000:]}"
+            )
             chunk = self._in.read(1 << 20)
             assert chunk, f"Chromium ended: {self._log.read_text(errors='replace')[-2000:]}"
             *whole, self._rest = (self._rest + chunk).split(b"\0")

@@ -106,6 +106,11 @@ def test_every_part_is_there_and_its_numbers_are_the_rows(gated):
     assert facts["samples skipped"] == f"{skipped:,} ({100 * skipped / (5 * NUM_SAMPLES):.1f} %)"
     assert facts["FLOPs saved"] == f"{100 * epochs[-1]['cost/flops_saved']:.1f} %"
     assert facts["state"] == "finished" and facts["epochs done"] == "5 of 5"
+    assert "sessions left" not in facts
+    told = {"eta_s": 3600, "eta_low_s": 3000, "eta_high_s": 4200, "sessions_left_low": 1, "sessions_left_high": 2}
+    (gated / "progress.json").write_text(json.dumps(json.loads((gated / "progress.json").read_text()) | told))
+    facts = facts_of(written(gated))
+    assert (facts["time left"], facts["sessions left"]) == ("1:00:00 (50:00 to 1:10:00)", "1 to 2")
 
 
 def test_what_was_not_measured_is_said_and_what_was_is_shown(tmp_path):
