@@ -17,6 +17,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("ast_dist.train", "train, or go on where the run stopped"),
     "supervise": ("ast_dist.supervise", "start a training's agent, and start it again when it dies"),
     "status": ("ast_dist.status", "say how a run stands"),
+    "report": ("ast_dist.report", "write one HTML file on a run, or on several side by side"),
     "make-shards": ("data_prep.make_shards", "turn images into shards with an index"),
     "check-shards": ("data_prep.check_shards", "verify a set of shards, sample by sample"),
     "compare": ("ast_dist.compare", "train with several policies at equal cost, over seeds"),
