@@ -38,7 +38,7 @@ from ast_dist.kaggle_machine import (
 )
 from ast_dist.kaggle_state import Saved, carry_over, make_room, newest
 from ast_dist.kaggle_training import Training, View, command, wait_for_end
-from ast_dist.kaggle_view import NotebookView, PlainView, notebook_display
+from ast_dist.kaggle_view import AgentNoise, NotebookView, PlainView, notebook_display
 from ast_dist.run_dir import CONFIG_NAME, fingerprint
 from ast_dist.track.progress import duration, lease_is_held, read_progress
 
@@ -260,7 +260,7 @@ class _Session:
         view = NotebookView(self.run_dir, display) if display else PlainView()
         watch = _Watch(view)
         code = Training(words, log, self.began, secrets).attend(watch, tell)
-        view.refresh(is_last=True)
+        watch.refresh(is_last=True)
         if code == 2:
             raise UserError(watch.errors[-1] if watch.errors else f"the training refused to start; {log} says why.")
         for error in watch.errors:
@@ -278,15 +278,18 @@ class _Watch:
 
     def __init__(self, view: View) -> None:
         self._view = view
+        self._noise = AgentNoise()
         self.errors: list[str] = []
         self.last: deque[str] = deque(maxlen=_LAST_LINES)
 
     def lines(self, lines: Sequence[str]) -> None:
         self.last.extend(lines)
         self.errors += [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        self._view.lines([line for line in lines if not line.startswith("error: ")])
+        self._view.lines(self._noise.without([line for line in lines if not line.startswith("error: ")]))
 
     def refresh(self, is_last: bool = False) -> None:
+        if is_last:
+            self._view.lines(self._noise.rest())
         self._view.refresh(is_last)
 
 

@@ -228,7 +228,7 @@ def _make_split(source: Path, folder: Path, split: str, tell: Callable[[str], No
         tell(f"           {line}")
     if ended.returncode:
         lines = [line for line in ended.stderr.splitlines() if line.strip()] or [f"exit code {ended.returncode}"]
-        raise UserError(lines[-1].removeprefix("error: "))
+        raise UserError(lines[-1].removeprefix("error: ").replace(str(source), str(source.resolve())))
 
 
 def copy_folder(source: Path, target: Path) -> None:

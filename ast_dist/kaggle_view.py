@@ -5,6 +5,7 @@ goes wrong in showing it is one warning, and never reaches the training.
 """
 
 import base64
+import re
 import sys
 import time
 from collections import deque
@@ -20,6 +21,36 @@ from ast_dist.track.progress import as_it_is_now, read_progress, status_text
 PICTURE_NAME = "dashboard.png"
 REFRESH_S = 60.0
 _SHOWN_LINES = 8
+_TRACEBACK = "Traceback (most recent call last):"
+_AGENT_LINE = re.compile(r"[IWE]\d{4} [\d:.]+ \d+ \S*torch/distributed/elastic/")
+
+
+class AgentNoise:
+    """Leaves out what torchrun says of a stop that was asked for: its log lines, and the traceback of its signal."""
+
+    def __init__(self) -> None:
+        self._traceback: list[str] = []
+
+    def without(self, lines: Sequence[str]) -> list[str]:
+        """The lines but those; a traceback comes once its last line is known."""
+        kept: list[str] = []
+        for line in lines:
+            if line == _TRACEBACK:
+                kept += self.rest()
+                self._traceback = [line]
+            elif self._traceback:
+                self._traceback.append(line)
+                if not line.startswith(" "):
+                    found = self.rest()
+                    kept += [] if "SignalException: " in line else found
+            elif not _AGENT_LINE.match(line):
+                kept.append(line)
+        return kept
+
+    def rest(self) -> list[str]:
+        """A traceback that has not come to its end."""
+        lines, self._traceback = self._traceback, []
+        return lines
 
 
 class PlainView:
@@ -86,6 +117,8 @@ class NotebookView:
             png = base64.b64encode((self._run_dir / PICTURE_NAME).read_bytes()).decode("ascii")
             self._put("picture", {"image/png": png, "text/plain": str(self._run_dir / PICTURE_NAME)})
             self._drawn_at = drawn_at
+        elif "picture" not in self._handles:
+            self._put("picture", {"text/plain": "no dashboard yet"})  # its place is above the lines
         now = datetime.now(UTC)
         status = status_text(as_it_is_now(self._run_dir, progress), now) if progress else "starting\n"
         text = f"{status}{'looked at':<12}{now:%H:%M:%S} UTC\n\n" + "\n".join(self._lines)

@@ -20,7 +20,7 @@ from ast_dist.doctor import Check
 from ast_dist.errors import UserError, run_command
 from ast_dist.fault.deadline import BEGAN_VARIABLE
 from ast_dist.kaggle_machine import Places, checkpoint_bytes, kaggle_secret, probe_gpus, session_began, usable_gpus
-from ast_dist.kaggle_view import NotebookView, notebook_display
+from ast_dist.kaggle_view import AgentNoise, NotebookView, notebook_display
 from tests.kaggle_tree import digits, tree
 from tests.launching import environment, finish, start, steps_done, wait_for
 from tests.training import progress, snapshot, write_shards
@@ -295,6 +295,20 @@ class TestATrainingThatIsWatched:
         assert "Save Version" in output and "Traceback" not in output
 
 
+def test_what_torchrun_says_of_a_stop_is_left_out_and_other_tracebacks_are_not() -> None:
+    noise = AgentNoise()
+    stop = [
+        "W1125 09:53:56.081000 6119 /x/torch/distributed/elastic/agent/server/api.py:753] Received 15 death signal",
+        "Traceback (most recent call last):",
+        '  File "/x/torch/distributed/run.py", line 1142, in <module>',
+        "torch.distributed.elastic.multiprocessing.api.SignalException: Process 6119 got signal: 15",
+    ]
+    other = ["Traceback (most recent call last):", '  File "x.py", line 1, in <module>', "ZeroDivisionError: by zero"]
+    lines = ["epoch 1", *stop, *other, "epoch 2", *other[:2]]
+    kept = [line for start in range(0, len(lines), 2) for line in noise.without(lines[start : start + 2])]
+    assert [*kept, *noise.rest()] == ["epoch 1", *other, "epoch 2", *other[:2]]
+
+
 class FakeDisplay(types.ModuleType):
     """A mock of IPython.display that notes what is shown; the real one runs in test_kaggle_notebook.py."""
 
@@ -325,7 +339,7 @@ class TestTheCell:
             view.refresh()
             return len(display.shown) - before
 
-        assert news(0) == 1, "the status, at once"
+        assert news(0) == 2, "the picture's place and the status, at once"
         assert news(59) == 0
         assert news(1) == 1
         (tmp_path / "progress.json").write_text(json.dumps({"state": "finished", "epoch": 1}))

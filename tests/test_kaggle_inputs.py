@@ -153,9 +153,10 @@ class TestTheIndexOfImagenet:
 
     def test_is_refused_in_one_line_where_the_lists_do_not_fit(self, root: Path, imagenet: Path) -> None:
         (imagenet / "ILSVRC/Data/CLS-LOC/val/ILSVRC2012_val_00000002.JPEG").unlink()
-        with pytest.raises(ValueError, match="ILSVRC2012_val_00000002 is missing") as caught:
+        with pytest.raises(ValueError, match=r"ILSVRC2012_val_00000002\.JPEG: missing") as caught:
             ImagenetIndex(imagenet, root / "working", root / "temp").make([], lambda _: None)
         assert len(str(caught.value).splitlines()) == 1
+        assert str(caught.value).startswith(str(imagenet)), "the mount, not our link to it"
 
     def test_of_a_former_format_is_not_taken(self, root: Path, imagenet: Path) -> None:
         index = ImagenetIndex(imagenet, root / "working", root / "temp")

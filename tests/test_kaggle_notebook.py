@@ -1,5 +1,6 @@
 """Claims about the real notebook, run by nbclient in a mock of Kaggle's folders: session after session, in one cell."""
 
+import base64
 import json
 import shutil
 from pathlib import Path
@@ -12,6 +13,7 @@ from ast_dist.fault.commit import committed
 from ast_dist.fault.deadline import BEGAN_VARIABLE
 from ast_dist.kaggle import ROOT_VARIABLE
 from ast_dist.run_dir import checkpoints_path
+from ast_dist.track.history import read
 from ast_dist.train import main
 from tests.kaggle_tree import tree
 from tests.launching import ROOT
@@ -54,10 +56,9 @@ def printed(outputs: list[dict]) -> str:
     return "".join(output["text"] for output in outputs if output["output_type"] == "stream")
 
 
-def shown(outputs: list[dict], kind: str) -> list[str]:
-    return [
-        output["data"][kind] for output in outputs if output["output_type"] == "display_data" and kind in output["data"]
-    ]
+def shown(outputs: list[dict]) -> list[dict]:
+    """What is displayed, in order, as it stands at the end."""
+    return [output["data"] for output in outputs if output["output_type"] == "display_data"]
 
 
 def test_the_notebook_ends_by_its_deadline_and_goes_on_from_its_output_to_the_state_of_an_uninterrupted_run(
@@ -79,8 +80,8 @@ def test_the_notebook_ends_by_its_deadline_and_goes_on_from_its_output_to_the_st
     assert f"saved: epoch 0 of 3, step {ended['step']}" in text and "session deadline" in text
     assert "to keep it: its output once you choose Save Version" in text
     assert "/kaggle/working does not last by itself" in text
-    [status] = shown(outputs, "text/plain")[-1:]
-    assert "state       paused" in status and "epoch       0 of 3" in status
+    _, status = shown(outputs)
+    assert "state       paused" in status["text/plain"] and "epoch       0 of 3" in status["text/plain"]
 
     # The next session: other forms of the mounts, and what was in working is attached, read-only.
     (second / "input/datasets/me").mkdir(parents=True)
@@ -99,12 +100,13 @@ def test_the_notebook_ends_by_its_deadline_and_goes_on_from_its_output_to_the_st
         and f"from {attached}/checkpoints/{ended['checkpoint']}" in text
     )
     assert "which a run here was trained on" in text
-    assert "finished: epoch 3 of 3, step 18" in text
-    starts = [row for row in map(json.loads, (run_dir / "sessions.jsonl").open()) if "event" not in row]
+    assert f"finished: epoch 3 of 3, step {progress(run_dir)['step']}" in text
+    starts = [row for row in read(run_dir / "sessions.jsonl") if "event" not in row]
     assert [(row["session"], row["resumed_from_step"]) for row in starts] == [(1, 0), (2, ended["step"])]
     assert progress(run_dir)["total_s"] > ended["total_s"]
-    assert len(shown(outputs, "image/png")) == 1, "one picture, refreshed in place"
-    assert len(shown(outputs, "text/plain")) == 2, "and one text beside it"
+    picture, status = shown(outputs)
+    assert base64.b64decode(picture["image/png"]) == (run_dir / "dashboard.png").read_bytes(), "the last one, in place"
+    assert "state       finished" in status["text/plain"]
     assert committed(checkpoints_path(attached)), "the input is as it was"
 
     shards = first / "input/tiny"
