@@ -93,7 +93,7 @@ def run(
     Returns when all is saved; stopping the cell saves, too. Raises KaggleError, a UserError, for what can be mended:
     nothing in /kaggle/working has been replaced then. Raises TrainingFailedError where restarts gained nothing.
     """
-    places = Places(Path(root or os.environ.get(ROOT_VARIABLE, "/kaggle")))
+    places = Places(Path(root or os.environ.get(ROOT_VARIABLE, "/kaggle")).absolute())
     try:
         argv = [*settings_to_argv(settings), *words]
         _Session(places, preset, run_name or preset, argv, hours, resume, data_dir, working_gb).run()
@@ -145,6 +145,8 @@ class _Session:
         gpus = usable_gpus(probe_gpus())
         self._check_precision(gpus)
         self._wait_for_predecessor()
+        # For what comes before a checkpoint's size is known: an index may be written.
+        make_room(self.places.working, self.run_dir, self.config, 0, self.working_gb, goes_on=False)
         found, at_work = look(self.places.inputs), look(self.places.working)
         runs = [*at_work.runs, *found.runs]
         data = self._data(found, at_work, runs)

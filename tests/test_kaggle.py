@@ -20,9 +20,12 @@ from ast_dist.doctor import Check
 from ast_dist.errors import UserError, run_command
 from ast_dist.fault.deadline import BEGAN_VARIABLE
 from ast_dist.kaggle_machine import Places, checkpoint_bytes, kaggle_secret, probe_gpus, session_began, usable_gpus
+from ast_dist.kaggle_training import command
 from ast_dist.kaggle_view import AgentNoise, NotebookView, notebook_display
 from tests.kaggle_tree import digits, tree
 from tests.launching import environment, finish, start, steps_done, wait_for
+from tests.test_ilsvrc import write_imagenet
+from tests.test_launch import SHOWS_ITS_WORDS, torchrun
 from tests.training import progress, snapshot, write_shards
 
 # A mock of the probe's output on a P100, which nobody here has: torch's message where it has no kernels for a GPU.
@@ -117,6 +120,17 @@ class TestRefusals:
         line = refused(root, capsys=capsys, working_gb=0.4)
         assert "0.00 GB are in" in line and "Kaggle keeps 0.4 GB" in line
 
+    def test_too_little_room_before_an_index_is_written(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        write_imagenet(root / "input/imagenet")
+        assert "Kaggle keeps 0.4 GB" in refused(root, capsys=capsys, working_gb=0.4)
+        # And with room enough, ImageNet's folders are taken through an index, which is all that is written.
+        with pytest.raises(UserError, match="resume='must'"):
+            kaggle.run("digits", root=root, resume="must")
+        assert (
+            f"data       {root}/input/imagenet (ImageNet's folders); nothing of it is copied" in capsys.readouterr().out
+        )
+        assert [path.name for path in (root / "working").iterdir()] == ["index"]
+
     def test_nothing_to_go_on_from_where_there_must_be(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         write_shards(root / "input/shards")
         assert "resume='must'" in refused(root, capsys=capsys, resume="must")
@@ -136,11 +150,11 @@ def test_what_was_chosen_and_what_else_was_seen_is_said(
     write_shards(root / "input/small", num_samples=12)
     write_shards(root / "input/datasets/me/large")
     monkeypatch.setattr(kaggle, "probe_gpus", lambda: T4S)
-    refused(root, capsys=capsys, working_gb=0.4)
+    refused(root, capsys=capsys, resume="must")
     said = capsys.readouterr().out
     assert f"data       {root}/input/datasets/me/large (shards, 96 training images); nothing of it is copied" in said
     assert f"also seen: {root}/input/small (shards, 12 training images)" in said
-    refused(root, capsys=capsys, working_gb=0.4, data_dir=root / "input/small")
+    refused(root, capsys=capsys, resume="must", data_dir=root / "input/small")
     assert f"data       {root}/input/small" in capsys.readouterr().out
 
 
@@ -229,6 +243,22 @@ class TestASecret:
         self.module(monkeypatch, lambda name: f"key of {name}")
         assert kaggle_secret("WANDB_API_KEY") == "key of WANDB_API_KEY"
 
+    @pytest.mark.parametrize(("settings", "is_on"), [((), True), (("--track.wandb=off",), False)])
+    def test_turns_wandb_on_unless_the_settings_say_otherwise_and_is_never_said(
+        self,
+        root: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+        settings: tuple[str, ...],
+        is_on: bool,
+    ) -> None:
+        monkeypatch.delenv("WANDB_API_KEY", raising=False)
+        self.module(monkeypatch, lambda _: "s3cret")
+        session = kaggle._Session(Places(root), "digits", "digits", settings, None, "auto", None, 20.0)
+        assert session._secrets() == {"WANDB_API_KEY": "s3cret"}
+        assert (session.words[-2:] == ["--track.wandb", "online"]) == is_on
+        assert "s3cret" not in capsys.readouterr().out + " ".join(session.words)
+
     def test_that_is_not_attached_is_none(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def answer(name: str) -> str:
             raise ConnectionError(name)
@@ -239,6 +269,18 @@ class TestASecret:
     def test_that_never_comes_stalls_nobody(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.module(monkeypatch, lambda _: threading.Event().wait())
         assert kaggle_secret("WANDB_API_KEY", patience_s=0.01) is None
+
+
+def test_training_is_started_as_the_launcher_for_one_host_starts_it(tmp_path: Path) -> None:
+    (tmp_path / "python").write_text(SHOWS_ITS_WORDS.format(python=sys.executable))
+    (tmp_path / "python").chmod(0o755)
+    words = ("--run-dir", "r")
+    shown = torchrun("--nproc-per-node=2", "-m", "ast_dist.train", *words, PYTHON=str(tmp_path / "python"))
+    launched = [word for word in shown.stdout.splitlines()[:-3] if word != "--nnodes=1"]  # the default
+    started = command(2, words)
+    assert started[0] == sys.executable and started[1:3] == launched[:2]
+    assert started[-4:] == launched[-4:] == ["-m", "ast_dist.train", *words]
+    assert set(started[3:-4]) == set(launched[2:-4])
 
 
 # Saves when it is told to, and says so in a file: what a training does, without torch.

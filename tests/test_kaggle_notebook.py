@@ -69,7 +69,9 @@ def test_the_notebook_ends_by_its_deadline_and_goes_on_from_its_output_to_the_st
     run_dir = first / "working/runs/digits"
 
     # The deadline is past when the first step is done: the session ends after two.
-    outputs = run_notebook(first, f"kaggle.run('digits', hours=1e-6, {SETTINGS})", monkeypatch)
+    outputs = run_notebook(
+        first, f"kaggle.run('digits', hours=1e-6, track={{'dashboard': False}}, {SETTINGS})", monkeypatch
+    )
 
     ended = progress(run_dir)
     assert (ended["state"], ended["sessions"]) == ("paused", 1)
@@ -80,7 +82,8 @@ def test_the_notebook_ends_by_its_deadline_and_goes_on_from_its_output_to_the_st
     assert f"saved: epoch 0 of 3, step {ended['step']}" in text and "session deadline" in text
     assert "to keep it: its output once you choose Save Version" in text
     assert "/kaggle/working does not last by itself" in text
-    _, status = shown(outputs)
+    place_of_the_picture, status = shown(outputs)
+    assert place_of_the_picture == {"text/plain": "no dashboard yet"}
     assert "state       paused" in status["text/plain"] and "epoch       0 of 3" in status["text/plain"]
 
     # The next session: other forms of the mounts, and what was in working is attached, read-only.
