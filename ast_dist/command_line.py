@@ -56,6 +56,11 @@ def parse(argv: Sequence[str], prog: str = "python -m ast_dist.train") -> Config
         raise
 
 
+def settings_to_argv(settings: dict[str, Any]) -> list[str]:
+    """Settings as a preset has them, as arguments: {"gate": {"target_rate": 0.3}} → ["--gate.target-rate=0.3"]."""
+    return list(_flatten(settings, ""))
+
+
 def _complaint(argv: Sequence[str], prog: str) -> str | None:
     """What is wrong with arguments, if anything."""
     try:

@@ -147,13 +147,14 @@ def signal_comes(within_s: float) -> bool:
     return came.is_set()
 
 
-def die_with_parent(ancestor: int | None = None) -> None:
+def die_with_parent(ancestor: int | None = None, number: signal.Signals = signal.SIGKILL) -> None:
     """Ask the kernel to kill this process when its parent dies: a killed agent would leave orphans that train on.
 
     ancestor: the process number of the agent, where it is known: it may have died before the kernel was asked.
+    number: the signal that the kernel sends.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
     if ancestor is not None and ancestor != os.getppid() and not _is_alive(ancestor):
         os.kill(os.getpid(), signal.SIGKILL)
 
