@@ -13,7 +13,7 @@ from pathlib import Path
 from ast_dist import doctor
 from ast_dist.config import Config
 from ast_dist.data.index import Index
-from ast_dist.doctor import Check
+from ast_dist.doctor_folders import Check
 from ast_dist.errors import UserError
 from ast_dist.fault.deadline import BEGAN_VARIABLE
 from ast_dist.fault.processes import age_s

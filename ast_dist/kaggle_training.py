@@ -20,6 +20,7 @@ from ast_dist import supervise
 from ast_dist.errors import UserError, run_command
 from ast_dist.fault.deadline import BEGAN_VARIABLE
 from ast_dist.fault.guard import die_with_parent
+from ast_dist.outcome_file import COMMAND_VARIABLE
 
 _LOOK_S = 0.2
 _GRACE_S = 200.0
@@ -64,6 +65,8 @@ class Training:
 
     def __init__(self, command: Sequence[str], log: Path, began: float, secrets: dict[str, str]) -> None:
         environment = {**os.environ, **secrets, BEGAN_VARIABLE: f"{began:.3f}", "PYTHONUNBUFFERED": "1"}
+        # For the run's last words: nobody types what stands below a cell.
+        environment[COMMAND_VARIABLE] = "the same cell again"
         environment.setdefault("OMP_NUM_THREADS", "1")
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as output:
