@@ -51,19 +51,19 @@ class AccuracyOfAll:
     of what is stood for, and not by the number of samples, which varies less (Hájek 1971, in "Foundations of
     Statistical Inference", p. 236): Σ correct / π ÷ Σ 1 / π.
 
-    A sample's answer is the one it gave when it was trained, as for `Meters`. Samples that failed to decode are left
-    out on both sides, as are steps without effect.
+    A sample's answer is the one it gave when it was trained, as for `Meters`; where batches are scored before they are
+    trained, it is the scoring pass's, of every sample, so that nothing is estimated. Samples that failed to decode are
+    left out on both sides, as are steps without effect.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(2, dtype=torch.int64, device=device)
 
     def add(self, is_correct: Tensor, counts: Tensor, chances: Tensor | None) -> None:
-        """Take in trained rows, without waiting for the device.
+        """Take in rows, without waiting for the device.
 
-        is_correct: (n,) bool. counts: (n,) bool, False for rows that did not train. chances: (n,) float32 with which
-        their samples were selected, 0 for one that no draw selected, which stands for itself in no estimate; None for
-        the same for all.
+        is_correct: (n,) bool. counts: (n,) bool, False for rows that are no sample. chances: (n,) float32 with which
+        their samples were selected, 0 for those that no estimate counts (see `Plan`); None for the same for all.
         """
         if chances is None:
             rows = counts.to(torch.int64) * _SAMPLE

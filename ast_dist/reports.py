@@ -175,12 +175,11 @@ class Reports:
     def accuracy(self, plan: Plan) -> dict[str, float]:
         """The accuracy on all samples of an epoch that was trained by a plan, and begin anew. All ranks must call.
 
-        Empty where nobody knows with which chance the samples were selected: what scored batches trained among them,
-        since their policies tell no chances.
+        Empty where nobody knows with which chance the samples were selected.
         """
         acc1 = self._step.accuracy.read(self._world)
         is_known = plan.chances is not None or len(plan.ids) == self._state.num_samples
-        if acc1 is None or not is_known or self._policy.scores_epoch(self._state.epoch):
+        if acc1 is None or not is_known:
             return {}
         return {"train/acc1_all": acc1}
 

@@ -169,6 +169,7 @@ class TrainStep:
                 )
         finally:
             self.module.train()
+        self.accuracy.add(output.argmax(dim=1) == batch.labels, batch.is_active, None)
         return self.score(output.float(), batch.labels).float()
 
     def _inputs(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Tensor:
