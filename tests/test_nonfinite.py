@@ -114,7 +114,7 @@ def test_the_mean_loss_leaves_skipped_steps_out(world: World) -> None:
     step = make_step(world, "sgd")
     batch = make_batch()
     step(batch, 0.1)
-    [loss, _] = step.meters.read(world)
+    [(loss, _), _] = step.meters.read(world, 0)
     step(make_batch(float("nan")), 0.1)
     assert step.meters.read(world)[0] == loss
 
