@@ -9,13 +9,14 @@ from ast_dist.track.time_left import RECENT, Stretch
 
 
 class Span:
-    """A stretch of the run: since when, how many steps and samples, at what cost, how long it waited for data."""
+    """A stretch of the run: since when, how many steps and samples, at what cost, FLOPs, wait for data."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
         self.steps = 0
         self.samples = 0
         self.cost = 0.0
+        self.flops = 0.0
         self.waited_s = 0.0
 
     @property
@@ -23,13 +24,16 @@ class Span:
         """Seconds since the span began."""
         return max(time.monotonic() - self.began, 1e-9)
 
-    def row(self) -> dict[str, float]:
-        """Throughput over all ranks and the share of time spent waiting for data."""
+    def row(self, peak_flops_per_s: float | None) -> dict[str, float]:
+        """Throughput over all ranks, and shares: of the time spent waiting for data, of the peak rate where known."""
         elapsed_s = self.elapsed_s
-        return {
+        row = {
             "perf/images_per_s": self.samples / elapsed_s,
             "perf/data_wait": min(self.waited_s / elapsed_s, 1.0),
         }
+        if peak_flops_per_s:
+            row["perf/mfu"] = self.flops / elapsed_s / peak_flops_per_s
+        return row
 
     @property
     def stretch(self) -> Stretch | None:
@@ -43,10 +47,13 @@ class Span:
 class Clock:
     """Measures steps, waiting for data, saves and epochs, each over its own span.
 
+    peak_flops_per_s: what all devices together can do; None where it is not known.
+
     Attributes: intervals (of the last rows, the newest last).
     """
 
-    def __init__(self) -> None:
+    def __init__(self, peak_flops_per_s: float | None = None) -> None:
+        self._peak_flops_per_s = peak_flops_per_s
         self._process, self._epoch, self._interval = Span(), Span(), Span()
         self._saves: dict[str, float] = {}
         self.intervals: deque[Stretch] = deque(maxlen=RECENT)
@@ -74,6 +81,11 @@ class Clock:
             span.samples += samples
             span.cost += samples if cost is None else cost
 
+    def computed(self, flops: float) -> None:
+        """Count what went through the model on all ranks, FLOPs."""
+        for span in (self._epoch, self._interval):
+            span.flops += flops
+
     def saved(self, stall_s: float) -> None:
         """Note for how long a save held up the training's host."""
         self._saves["perf/ckpt_stall_ms"] = 1000 * stall_s
@@ -92,7 +104,7 @@ class Clock:
     def interval_row(self) -> dict[str, float]:
         """The perf keys since the last call or the epoch's start."""
         span, self._interval = self._interval, Span()
-        row = {**span.row(), "perf/step_ms": 1000 * span.elapsed_s / max(span.steps, 1)}
+        row = {**span.row(self._peak_flops_per_s), "perf/step_ms": 1000 * span.elapsed_s / max(span.steps, 1)}
         if stretch := span.stretch:
             self.intervals.append(stretch)
         row |= self._saves
@@ -101,7 +113,7 @@ class Clock:
 
     def epoch_trained(self) -> dict[str, float]:
         """The perf keys of the epoch's steps, evaluation left out."""
-        return {**self._epoch.row(), "perf/train_s": self._epoch.elapsed_s}
+        return {**self._epoch.row(self._peak_flops_per_s), "perf/train_s": self._epoch.elapsed_s}
 
     def epoch_done(self) -> dict[str, float]:
         """The epoch's seconds, evaluation included, and their pace; the next epoch's time begins.

@@ -13,14 +13,16 @@ from ast_dist.candidates import Candidates
 from ast_dist.clock import Clock
 from ast_dist.config import Config
 from ast_dist.data.loader import Loader
+from ast_dist.data.order import Plan
 from ast_dist.distributed import World
 from ast_dist.fault.deadline import Deadline
 from ast_dist.fault.lease import Lease
 from ast_dist.fault.state import TrainState
 from ast_dist.gate.cost import Ledger
 from ast_dist.gate.policy import Policy
-from ast_dist.resources import Resources
-from ast_dist.step import Meters, TrainStep
+from ast_dist.meters import Meters
+from ast_dist.resources import Resources, forget_peak, peak_bytes
+from ast_dist.step import TrainStep
 from ast_dist.track.progress import LEFT_KEYS
 from ast_dist.track.time_left import TimeLeft, sessions_left, time_left
 from ast_dist.track.tracker import Tracker
@@ -80,6 +82,7 @@ class Reports:
                 "policy": config.gate.policy + gated,
                 "ranks": f"{world.size} on {world.device.type}, global batch {config.loop.global_batch_size}",
                 "decoder": f"{loader.decoder.name}, {loader.threads} threads a rank, {cache}",
+                "energy": self._resources.joules.describe(),
             },
         )
 
@@ -96,6 +99,7 @@ class Reports:
                 step=state.global_step,
                 best_acc1=state.best_acc1,
                 last_acc1=state.last_acc1,
+                gpu_joules=self._resources.joules.row().get("cost/gpu_joules"),
                 **self._left_fields(session_is_over),
                 checkpoint=checkpoint,
                 checkpoint_verified_at=verified_at
@@ -114,8 +118,10 @@ class Reports:
 
     def step(self, lr: float, num_steps: int) -> None:
         """A row of a step. All ranks must call. num_steps: of the epoch's plan."""
-        means = self._step.meters.read(self._world)
-        self._step.meters = Meters.zero(self._world.device)
+        device = self._world.device
+        means, peak = self._step.meters.read(self._world, peak_bytes(device))
+        self._step.meters = Meters.zero(device)
+        forget_peak(device)
         timing = self._clock.interval_row()
         if self.tracker:
             state = self._state
@@ -129,6 +135,7 @@ class Reports:
                     **self.gate(),
                     **self._costs(),
                     **timing,
+                    "perf/mem_gb": peak / 1e9,
                     **self._eta_row(),
                 }
             )
@@ -140,6 +147,9 @@ class Reports:
         what `evaluate` returned.
         """
         self._resources.tally()
+        forget_peak(self._world.device)
+        is_full = planned == self._state.num_samples and not self._policy.scores_epoch(self._state.epoch - 1)
+        joules = self._resources.joules.end_epoch(is_full)
         timing = self._clock.epoch_done()
         if self.tracker:
             state, ledger = self._state, self._ledger
@@ -155,11 +165,23 @@ class Reports:
                     "cost/samples_backwarded": ledger.backwarded,
                     "cost/samples_scored": ledger.scored,
                     **self._resources.row(),
+                    **joules,
                     **scores,
                     **timing,
                     **self._eta_row(),
                 }
             )
+
+    def accuracy(self, plan: Plan) -> dict[str, float]:
+        """The accuracy on all samples of an epoch that was trained by a plan, and begin anew. All ranks must call.
+
+        Empty where nobody knows with which chance the samples were selected.
+        """
+        acc1 = self._step.accuracy.read(self._world)
+        is_known = plan.chances is not None or len(plan.ids) == self._state.num_samples
+        if acc1 is None or not is_known:
+            return {}
+        return {"train/acc1_all": acc1}
 
     def gate(self) -> dict[str, float]:
         """The policy's values; what was selected of scored batches is known to the candidates alone."""
@@ -170,11 +192,15 @@ class Reports:
         return {f"gate/{key}": value for key, value in report.items()}
 
     def session(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the run's life beside its weights; empty where nothing is tracked."""
+        """What a checkpoint keeps of the run's life beside its weights; empty where nothing is tracked.
+
+        All ranks must call.
+        """
+        accuracy = self._step.accuracy.totals(self._world)
         if not self.tracker:
             return {}
         times = {"total_s": self.tracker.total_s, "history_bytes": self.tracker.history_bytes}
-        return {**times, "resources": self._resources.to_dict()}
+        return {**times, "resources": self._resources.to_dict(), "accuracy_of_all": accuracy}
 
     def _costs(self) -> dict[str, float]:
         return {

@@ -30,7 +30,8 @@ def write_progress(run_dir: Path | str, progress: Mapping[str, Any]) -> None:
     eta_high_s (its interval, `track/time_left.py`), sessions_left_low and sessions_left_high (sessions that must still
     be started after the present one; None without session_hours), session_hours, checkpoint, checkpoint_at (ISO time),
     checkpoint_verified_at (ISO time at which all its files were last read back and agreed with their SHA-256),
-    warnings (how many in this session), last_warning, policy, message. NaN is written as null. `updated_at` is added.
+    warnings (how many in this session), last_warning, gpu_joules (None where they are not measured), policy, message.
+    NaN is written as null. `updated_at` is added.
     Raises OSError when the disk refuses.
     """
     stamped = {**plain(progress), "updated_at": datetime.now(UTC).isoformat(timespec="seconds")}
@@ -128,6 +129,7 @@ def status_text(progress: Mapping[str, Any], now: datetime | None = None) -> str
         "time": ", ".join(filter(None, (f"{duration(progress.get('total_s'))} spent", time_left_text(progress)))),
         "sessions": ", ".join(filter(None, (known("sessions"), sessions_left_text(progress)))),
         "restarts": known("restarts"),
+        "GPU joules": "not measured" if progress.get("gpu_joules") is None else known("gpu_joules", "{:,.0f}"),
         "checkpoint": saved,
         "warnings": f"{count} in this session, the last: {known('last_warning')}" if count else "",
         "message": known("message") if progress.get("message") else "",
