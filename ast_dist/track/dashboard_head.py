@@ -57,8 +57,8 @@ def draw_head(figure: Figure, name: str, record: Record, damage: Sequence[str], 
 
 def done_share(record: Record) -> float:
     """Share of the epochs that is done, within an epoch by its rows."""
-    passes = [record.progress.get("epoch") or 0, *(record.rows[-1:] and [record.last("progress/epoch") or 0])]
-    return min(1.0, max(passes) / max(1, record.progress.get("epochs") or 1))
+    passes = max(float(record.progress.get("epoch") or 0), record.last("progress/epoch") or 0.0)
+    return min(1.0, passes / max(1.0, float(record.progress.get("epochs") or 1)))
 
 
 def status_facts(record: Record, now: datetime) -> list[Fact]:
@@ -194,7 +194,8 @@ def _cut(figure: Figure, written: Text, text: str, max_px: float) -> str:
 def _wrapped(figure: Figure, text: str, max_px: float) -> list[str]:
     """A text in lines of at most max_px pixels, broken between words."""
     probe = figure.text(0, 0, "", fontsize=NOTE_PT, parse_math=False)
-    lines, rest = [], text
+    lines: list[str] = []
+    rest = text
     while rest and len(lines) <= WRONG_LINES:
         part = _cut(figure, probe, rest, max_px)
         if part == rest:

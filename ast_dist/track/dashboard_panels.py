@@ -56,10 +56,9 @@ def draw_savings(axes: Axes, record: Record) -> str:
     plot_points(axes, passes, 100 * flops, "FLOPs saved", VERMILLION, "--")
     passes, joules = record.series("cost/joules_saved")
     plot_points(axes, passes, 100 * joules, "joules saved", GREEN, "-.", marker="s", is_hollow=True)
-    lowest = float(np.nanmin([0.0, *(np.nanmin(line.get_ydata()) for line in axes.lines if line.get_xdata().size)]))
     if record.rows:
         note(axes, measured_joules(record, is_share_known=bool(joules.size)))
-        axes.set_ylim(min(-2.0, 1.1 * lowest), 100)
+        axes.set_ylim(min(-2.0, *(110 * share for share in (*flops, *joules))), 100)
     return "Saved so far, %"
 
 
