@@ -1,9 +1,11 @@
 """Where the time goes: steps, waiting for data, checkpoints, epochs."""
 
 import time
+from collections import deque
 from collections.abc import Iterator
 
 from ast_dist.data.batch import Batch
+from ast_dist.track.time_left import RECENT, Stretch
 
 
 class Span:
@@ -29,13 +31,25 @@ class Span:
             "perf/data_wait": min(self.waited_s / elapsed_s, 1.0),
         }
 
+    @property
+    def stretch(self) -> Stretch | None:
+        """Seconds and cost so far, evaluation and saves included; None where nothing was trained.
+
+        A scored sample counts as the part of a trained one that it costs.
+        """
+        return Stretch(self.elapsed_s, self.cost) if self.cost else None
+
 
 class Clock:
-    """Measures steps, waiting for data, saves and epochs, each over its own span."""
+    """Measures steps, waiting for data, saves and epochs, each over its own span.
+
+    Attributes: intervals (of the last rows, the newest last).
+    """
 
     def __init__(self) -> None:
         self._process, self._epoch, self._interval = Span(), Span(), Span()
         self._saves: dict[str, float] = {}
+        self.intervals: deque[Stretch] = deque(maxlen=RECENT)
 
     @property
     def is_first_step(self) -> bool:
@@ -70,17 +84,17 @@ class Clock:
         if copy_s:
             self._saves["perf/ckpt_copy_ms"] = 1000 * copy_s
 
-    def seconds_per_sample(self) -> float:
-        """Wall-clock seconds per trained sample in this process, evaluation and saves included.
-
-        A scored sample counts as the part of a trained one that it costs.
-        """
-        return self._process.elapsed_s / self._process.cost if self._process.cost else 0.0
+    @property
+    def process(self) -> Stretch | None:
+        """This process so far; None before its first step."""
+        return self._process.stretch
 
     def interval_row(self) -> dict[str, float]:
         """The perf keys since the last call or the epoch's start."""
         span, self._interval = self._interval, Span()
         row = {**span.row(), "perf/step_ms": 1000 * span.elapsed_s / max(span.steps, 1)}
+        if stretch := span.stretch:
+            self.intervals.append(stretch)
         row |= self._saves
         self._saves = {}
         return row
@@ -90,7 +104,11 @@ class Clock:
         return {**self._epoch.row(), "perf/train_s": self._epoch.elapsed_s}
 
     def epoch_done(self) -> dict[str, float]:
-        """The epoch's seconds, evaluation included; the next epoch's time begins."""
-        row = {"perf/epoch_s": self._epoch.elapsed_s}
+        """The epoch's seconds, evaluation included, and their pace; the next epoch's time begins.
+
+        After a resume in mid-epoch both are of its rest. The pace is absent where this process trained none of it.
+        """
+        elapsed_s, cost = self._epoch.elapsed_s, self._epoch.cost
+        row = {"perf/epoch_s": elapsed_s, **({"perf/s_per_sample": elapsed_s / cost} if cost else {})}
         self._epoch, self._interval = Span(), Span()
         return row

@@ -14,12 +14,15 @@ from ast_dist.clock import Clock
 from ast_dist.config import Config
 from ast_dist.data.loader import Loader
 from ast_dist.distributed import World
+from ast_dist.fault.deadline import Deadline
 from ast_dist.fault.lease import Lease
 from ast_dist.fault.state import TrainState
 from ast_dist.gate.cost import Ledger
 from ast_dist.gate.policy import Policy
 from ast_dist.resources import Resources
 from ast_dist.step import Meters, TrainStep
+from ast_dist.track.progress import LEFT_KEYS
+from ast_dist.track.time_left import TimeLeft, sessions_left, time_left
 from ast_dist.track.tracker import Tracker
 
 
@@ -40,6 +43,7 @@ class Reports:
         ledger: Ledger,
         resources: Resources,
         clock: Clock,
+        deadline: Deadline | None,
     ) -> None:
         self.tracker: Tracker | None = None
         self._config = config
@@ -51,6 +55,7 @@ class Reports:
         self._ledger = ledger
         self._resources = resources
         self._clock = clock
+        self._deadline = deadline
 
     def open(self, run_dir: Path, lease: Lease, checkpoint: str | None, loader: Loader, num_val: int) -> None:
         """Begin this session's reports; rank 0 calls it once the state is the one to go on from."""
@@ -78,11 +83,11 @@ class Reports:
             },
         )
 
-    def progress(self, checkpoint: str | None, verified_at: float | None) -> None:
+    def progress(self, checkpoint: str | None, verified_at: float | None, *, session_is_over: bool = False) -> None:
         """Tell progress.json where the run is.
 
         checkpoint: the newest committed one. verified_at: when all of it was last read back and found sound, seconds
-        since 1970, or None.
+        since 1970, or None. session_is_over: whether what is left has to wait for the next session.
         """
         if self.tracker:
             state = self._state
@@ -91,7 +96,7 @@ class Reports:
                 step=state.global_step,
                 best_acc1=state.best_acc1,
                 last_acc1=state.last_acc1,
-                eta_s=self._eta_s(),
+                **self._left_fields(session_is_over),
                 checkpoint=checkpoint,
                 checkpoint_verified_at=verified_at
                 and datetime.fromtimestamp(verified_at, UTC).isoformat("T", "seconds"),
@@ -124,7 +129,7 @@ class Reports:
                     **self.gate(),
                     **self._costs(),
                     **timing,
-                    "progress/eta_h": self._eta_s() / 3600,
+                    **self._eta_row(),
                 }
             )
 
@@ -152,7 +157,7 @@ class Reports:
                     **self._resources.row(),
                     **scores,
                     **timing,
-                    "progress/eta_h": self._eta_s() / 3600,
+                    **self._eta_row(),
                 }
             )
 
@@ -178,11 +183,30 @@ class Reports:
             "train/steps_nonfinite": self._ledger.steps_nonfinite,
         }
 
-    def _eta_s(self) -> float:
-        """Seconds left at this session's pace, by the cost of what the policy still means to do."""
+    def _time_left(self) -> TimeLeft | None:
+        """Seconds left, by the cost of what the policy still means to do."""
+        assert self.tracker
         state = self._state
         passes = sum(self._policy.cost(epoch) for epoch in range(state.epoch, self._policy.epochs))
         if state.plan is not None:
             done = state.step_in_epoch / state.plan.num_steps(self._config.loop.global_batch_size)
             passes -= done * self._policy.cost(state.epoch)
-        return passes * state.num_samples * self._clock.seconds_per_sample()
+        clock, epochs = self._clock, list(self.tracker.stretches)
+        return time_left(passes * state.num_samples, clock.process, epochs, list(clock.intervals))
+
+    def _eta_row(self) -> dict[str, float]:
+        left = self._time_left()
+        return {"progress/eta_h": left.likely_s / 3600} if left else {}
+
+    def _left_fields(self, session_is_over: bool) -> dict[str, Any]:
+        """The keys of progress.json that tell of what is left; None where unknown."""
+        left, deadline = self._time_left(), self._deadline
+        fields: dict[str, Any] = dict.fromkeys(LEFT_KEYS)
+        if left:
+            fields |= {"eta_s": left.likely_s, "eta_low_s": left.low_s, "eta_high_s": left.high_s}
+        if left and deadline:
+            whole_s = deadline.session_s - deadline.margin_s
+            now_s = 0.0 if session_is_over else max(0.0, deadline.left_s - deadline.margin_s)
+            fields["sessions_left_low"] = sessions_left(left.low_s, whole_s, now_s)
+            fields["sessions_left_high"] = sessions_left(left.high_s, whole_s, now_s)
+        return fields

@@ -128,7 +128,7 @@ class Trainer:
         self._evaluated_late_at: int | None = None
         self.clock = Clock()
         told_of = (self.state, self.step, self.policy, self.candidates, self.ledger, self.resources, self.clock)
-        self.reports = Reports(config, world, *told_of)
+        self.reports = Reports(config, world, *told_of, self.deadline)
         self.evaluate = Evaluator(config.loop, world, self.val_loader, self.step, self.state, self.reports)
         self.saves = Saves(saving, self.checkpoints, self.nonfinite, self.deadline, self.clock, self.reports)
 
