@@ -58,7 +58,7 @@ def draw_savings(axes: Axes, record: Record) -> str:
     plot_points(axes, passes, 100 * joules, "joules saved", GREEN, "-.", marker="s", is_hollow=True)
     if record.rows:
         note(axes, measured_joules(record, is_share_known=bool(joules.size)))
-        axes.set_ylim(min(-2.0, *(110 * share for share in (*flops, *joules))), 100)
+        axes.set_ylim(min([-2.0, *(110 * share for share in (*flops, *joules))]), 100)
     return "Saved so far, %"
 
 

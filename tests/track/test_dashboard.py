@@ -175,6 +175,22 @@ def test_every_key_that_is_drawn_appears_with_its_rows_values(make_run):
     )
 
 
+def test_any_key_of_a_row_may_be_absent(tmp_path):
+    run_dir = write_run(tmp_path / "run", epochs_done=3, measured=True, eta_low_s=90.0, eta_high_s=150.0)
+    rows = read(run_dir / "metrics.jsonl")
+    for key in sorted(set().union(*rows)):
+        lines = (json.dumps({name: value for name, value in row.items() if name != key}) for row in rows)
+        (run_dir / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))
+        draw(run_dir)
+    for few in (
+        {"kind": "step"},
+        {"kind": "epoch", "epoch": 1},
+        {"kind": "step", "val/acc1": None, "progress/epoch": 1},
+    ):
+        (run_dir / "metrics.jsonl").write_text(json.dumps(few) + "\n")
+        draw(run_dir)
+
+
 def test_samples_flops_and_joules_are_three_curves_and_none_is_called_energy(make_run):
     figure = draw(make_run(epochs_done=14, measured=True))
     skipped, flops, joules = (
