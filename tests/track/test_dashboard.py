@@ -1,9 +1,8 @@
-"""dashboard.png shows the run as it is, whatever there is of it, and can never stop the training."""
+"""dashboard.png shows the run as it is, whatever there is of it, and hides nothing."""
 
 import fcntl
 import itertools
 import json
-import os
 import struct
 import subprocess
 import sys
@@ -15,7 +14,6 @@ from matplotlib.transforms import Bbox
 
 from ast_dist.track.dashboard import HEIGHT_PX, WIDTH_PX, draw, read_record, render
 from ast_dist.track.dashboard_head import status_facts, wrong
-from ast_dist.track.dashboard_process import DashboardProcess
 from ast_dist.track.history import read
 from tests.track.conftest import write_run
 
@@ -336,102 +334,6 @@ def test_an_empty_folder_is_drawn_and_an_absent_one_refused_in_one_line(tmp_path
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ended.returncode == 2
     assert ended.stderr == f"error: {tmp_path}/absent: no such folder. Name the folder that --run-dir named.\n"
-
-
-def test_a_refresh_draws_beside_the_caller(make_run):
-    run_dir, warnings = make_run(epochs_done=2), []
-    dashboard = DashboardProcess(run_dir, warnings.append)
-    dashboard.refresh()
-    assert not (run_dir / "dashboard.png").exists(), "refresh must not wait for the picture"
-    assert dashboard._child.wait() == 0
-    assert size_of_png(run_dir / "dashboard.png") == (WIDTH_PX, HEIGHT_PX)
-    dashboard.close()
-    assert warnings == []
-
-
-def test_drawing_has_a_lower_priority_than_training(make_run):
-    run_dir = make_run(epochs_done=2)
-    (run_dir / "sessions.jsonl").unlink()
-    os.mkfifo(run_dir / "sessions.jsonl")
-    dashboard = DashboardProcess(run_dir, pytest.fail)
-    dashboard.refresh()
-    with (run_dir / "sessions.jsonl").open("w"):  # opens when the child has come to reading it
-        ours, its = os.getpriority(os.PRIO_PROCESS, 0), os.getpriority(os.PRIO_PROCESS, dashboard._child.pid)
-    assert its == min(19, ours + 10)
-    (run_dir / "sessions.jsonl").unlink()
-    dashboard.close()
-
-
-def test_one_picture_at_a_time_and_the_last_request_is_remembered(make_run):
-    dashboard = DashboardProcess(make_run(epochs_done=2), pytest.fail, min_interval_s=0)
-    dashboard.refresh()
-    first = dashboard._child
-    dashboard.refresh()
-    dashboard.tend()
-    assert dashboard._child is first
-    first.wait()
-    dashboard.tend()
-    second = dashboard._child
-    assert second is not None and second is not first
-    second.wait()
-    dashboard.tend()
-    assert dashboard._child is None, "asked for twice, drawn twice"
-    dashboard.close()
-
-
-def test_pictures_keep_their_distance_but_the_final_one_is_always_drawn(make_run):
-    run_dir = make_run(epochs_done=2)
-    dashboard = DashboardProcess(run_dir, pytest.fail, min_interval_s=3600)
-    dashboard.refresh()
-    dashboard._child.wait()
-    dashboard.refresh()
-    dashboard.tend()
-    assert dashboard._child is None
-    (run_dir / "dashboard.png").unlink()
-    dashboard.close()
-    assert (run_dir / "dashboard.png").is_file()
-
-
-def test_the_last_picture_brings_the_diagrams_and_those_before_do_not(make_run):
-    run_dir, diagrams = make_run(epochs_done=2), {"architecture.svg", "sundew.svg"}
-    dashboard = DashboardProcess(run_dir, pytest.fail)
-    dashboard.refresh()
-    dashboard._child.wait()
-    assert not diagrams & {path.name for path in run_dir.iterdir()}
-    dashboard.close()
-    assert diagrams < {path.name for path in run_dir.iterdir()}
-
-
-def test_diagrams_that_fail_are_one_warning_and_never_an_error(make_run):
-    run_dir, warnings = make_run(epochs_done=2), []
-    (run_dir / "sundew.svg").mkdir()
-    DashboardProcess(run_dir, warnings.append).close()
-    assert (run_dir / "dashboard.png").is_file()
-    assert len(warnings) == 1
-    assert "sundew.svg is not up to date" in warnings[0] and "IsADirectoryError" in warnings[0]
-
-
-def test_a_picture_that_fails_is_one_warning_with_the_reason_and_never_an_error(make_run):
-    run_dir, warnings = make_run(epochs_done=2), []
-    (run_dir / "dashboard.png").mkdir()
-    dashboard = DashboardProcess(run_dir, warnings.append, min_interval_s=0)
-    dashboard.refresh()
-    dashboard._child.wait()
-    dashboard.refresh()
-    dashboard.close()
-    assert len(warnings) == 1
-    assert "dashboard.png is not up to date: IsADirectoryError" in warnings[0] and "Training goes on" in warnings[0]
-    assert [path.name for path in run_dir.iterdir() if path.suffix == ".tmp"] == []
-
-
-def test_closing_gives_up_on_a_picture_that_takes_too_long(make_run):
-    run_dir, warnings = make_run(epochs_done=2), []
-    (run_dir / "sessions.jsonl").unlink()
-    os.mkfifo(run_dir / "sessions.jsonl")  # opening it waits for a writer that never comes
-    dashboard = DashboardProcess(run_dir, warnings.append)
-    dashboard.refresh()
-    dashboard.close(timeout_s=0.2)
-    assert warnings == [f"{run_dir}/dashboard.png is not up to date: not drawn in time. Training goes on."]
 
 
 def test_one_high_loss_hides_no_others(make_run):
