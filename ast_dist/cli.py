@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "compare": ("ast_dist.compare", "train with several policies at equal cost, over seeds"),
     "export": ("ast_dist.export", "write a run's weights to one file, with labels and preprocessing"),
     "evaluate": ("ast_dist.evaluate", "measure a run's weights on a split"),
+    "diagram": ("ast_dist.diagram", "draw the system and the gate's process, with a run's numbers"),
     "kaggle": ("ast_dist.kaggle", "train on Kaggle, session after session"),
     "doctor": ("ast_dist.doctor", "check what this machine can run"),
 }

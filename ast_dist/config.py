@@ -257,9 +257,22 @@ class TrackConfig:
     """Weights & Biases: off, a local offline run, or online."""
     wandb_project: str = "ast-dist"
     """W&B project of the run."""
+    wandb_group: str = ""
+    """W&B group of the run, for runs that are compared."""
+    wandb_tags: tuple[str, ...] = ()
+    """W&B tags of the run, besides its policy and preset."""
+    wandb_images: bool = False
+    """Show the samples that the gate finds hardest on the W&B page, at most 32 at each evaluated epoch."""
+    wandb_artifacts: bool = False
+    """Send the best and the final checkpoint to W&B."""
+    callbacks: str = ""
+    """A .py file with any of on_step(row), on_epoch(row), on_checkpoint(info), called by rank 0; training waits."""
 
     def __post_init__(self) -> None:
         require(self.every_steps >= 1, f"track.every_steps is {self.every_steps}, but must be at least 1.")
+        require(len(self.wandb_group) <= 128, f"track.wandb_group has {len(self.wandb_group)} characters, at most 128.")
+        for tag in self.wandb_tags:
+            require(0 < len(tag) <= 64, f"track.wandb_tags: {tag!r} has {len(tag)} characters; W&B takes 1 to 64 each.")
 
 
 @dataclass(frozen=True)

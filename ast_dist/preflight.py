@@ -13,6 +13,7 @@ from ast_dist.errors import UserError
 from ast_dist.gate.policy import PolicySetup, checked_plan
 from ast_dist.gate.registry import make_policy
 from ast_dist.model import build_model
+from ast_dist.track.callbacks import load
 
 _BLOCK_SHARDS = 8
 
@@ -67,6 +68,12 @@ def check_data(config: Config, train: Index, val: Index, world_size: int) -> int
         checked_plan(policy, 0, Orders(train.shard_sizes, config.seed, config.data.shuffle_block_shards).of(0))
     _check_model(config, num_classes)
     return num_classes
+
+
+def check_callbacks(config: Config, rank: int) -> None:
+    """Run the user's file of callbacks where it will be called. Raises UserError where it has no such functions."""
+    if config.track.callbacks and rank == 0:
+        load(config.track.callbacks)
 
 
 def _check_model(config: Config, num_classes: int) -> None:

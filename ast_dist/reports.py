@@ -12,17 +12,20 @@ from ast_dist import startup
 from ast_dist.candidates import Candidates
 from ast_dist.clock import Clock
 from ast_dist.config import Config
+from ast_dist.data.index import Index
 from ast_dist.data.loader import Loader
 from ast_dist.data.order import Plan
 from ast_dist.distributed import World
+from ast_dist.fault import commit
 from ast_dist.fault.deadline import Deadline
 from ast_dist.fault.lease import Lease
 from ast_dist.fault.state import TrainState
 from ast_dist.gate.cost import Ledger
-from ast_dist.gate.policy import Policy
+from ast_dist.gate.policy import Policy, RememberingPolicy
 from ast_dist.meters import Meters
 from ast_dist.resources import Resources, forget_peak, peak_bytes
 from ast_dist.step import TrainStep
+from ast_dist.track.hardest import Hardest
 from ast_dist.track.progress import LEFT_KEYS
 from ast_dist.track.time_left import TimeLeft, sessions_left, time_left
 from ast_dist.track.tracker import Tracker
@@ -58,6 +61,7 @@ class Reports:
         self._resources = resources
         self._clock = clock
         self._deadline = deadline
+        self._images_of: Index | None = None
 
     def open(self, run_dir: Path, lease: Lease, checkpoint: str | None, loader: Loader, num_val: int) -> None:
         """Begin this session's reports; rank 0 calls it once the state is the one to go on from."""
@@ -85,6 +89,17 @@ class Reports:
                 "energy": self._resources.joules.describe(),
             },
         )
+        if config.track.wandb_images and config.track.wandb != "off":
+            self._choose_images(loader.index)
+
+    def _choose_images(self, index: Index) -> None:
+        if index.is_remote:
+            self.warn("track.wandb_images: no images, since each would fetch a whole shard from its server.")
+        elif not isinstance(self._policy, RememberingPolicy):
+            policy = self._config.gate.policy
+            self.warn(f"track.wandb_images: no images, since gate.policy {policy} remembers no samples.")
+        else:
+            self._images_of = index
 
     def progress(self, checkpoint: str | None, verified_at: float | None, *, session_is_over: bool = False) -> None:
         """Tell progress.json where the run is.
@@ -105,6 +120,20 @@ class Reports:
                 checkpoint_verified_at=verified_at
                 and datetime.fromtimestamp(verified_at, UTC).isoformat("T", "seconds"),
             )
+
+    def checkpoint(self, path: Path, save_s: float) -> None:
+        """Tell of a checkpoint that was committed. save_s: seconds from its start until then."""
+        track = self._config.track
+        if not (self.tracker and (track.callbacks or track.wandb_artifacts)):
+            return
+        try:
+            about = commit.read_manifest(path)
+            best = commit.best(path.parent)
+        except (OSError, commit.DamagedCheckpointError) as error:
+            self.warn(f"{path}: no view hears of it ({error}). Training goes on.")
+            return
+        info = {"name": path.name, "path": str(path), **{key: about.get(key) for key in ("step", "epoch", "val_acc1")}}
+        self.tracker.checkpoint({**info, "save_s": save_s}, path.with_name(best) if best else None)
 
     def damaged(self, found: list[str]) -> None:
         """Name samples that could not be decoded."""
@@ -169,7 +198,8 @@ class Reports:
                     **scores,
                     **timing,
                     **self._eta_row(),
-                }
+                },
+                self._hardest() if scores else None,
             )
 
     def accuracy(self, plan: Plan) -> dict[str, float]:
@@ -182,6 +212,11 @@ class Reports:
         if acc1 is None or not is_known:
             return {}
         return {"train/acc1_all": acc1}
+
+    def _hardest(self) -> Hardest | None:
+        if self._images_of is None or not isinstance(self._policy, RememberingPolicy):
+            return None
+        return Hardest.of(self._images_of, self._policy.memory.significance, self._policy.memory.visits)
 
     def gate(self) -> dict[str, float]:
         """The policy's values; what was selected of scored batches is known to the candidates alone."""
@@ -200,7 +235,8 @@ class Reports:
         if not self.tracker:
             return {}
         times = {"total_s": self.tracker.total_s, "history_bytes": self.tracker.history_bytes}
-        return {**times, "resources": self._resources.to_dict(), "accuracy_of_all": accuracy}
+        told = {"accuracy_of_all": accuracy, "wandb_id": self.tracker.wandb_id}
+        return {**times, "resources": self._resources.to_dict(), **told}
 
     def _costs(self) -> dict[str, float]:
         return {

@@ -58,6 +58,8 @@ class Saves:
             if self._deadline:
                 self._deadline.saw_save(ended.save_s)
             self._reports.progress(self._checkpoints.latest, self._checkpoints.verified_at)
+            if ended.kind == "saved":
+                self._reports.checkpoint(self._checkpoints.folder / ended.name, ended.save_s)
 
     def wait(self, epoch: int) -> None:
         """Wait until the save under way has ended; all ranks must call. epoch: the present one.

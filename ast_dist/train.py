@@ -37,7 +37,7 @@ from ast_dist.errors import RankError, UserError, described, run_command
 from ast_dist.fault.lease import Lease
 from ast_dist.fault.nonfinite import RollBack
 from ast_dist.model import build_model
-from ast_dist.preflight import check_data, print_dry_run, with_block_shards
+from ast_dist.preflight import check_callbacks, check_data, print_dry_run, with_block_shards
 from ast_dist.track.progress import read_progress
 from ast_dist.trainer import Trainer
 
@@ -153,6 +153,7 @@ def _train(argv: Sequence[str]) -> int:
     num_classes = check_data(config, train, val, int(os.environ.get("WORLD_SIZE", "1")))
     manifests = {"train": train.hash, "val": val.hash}
     run_folder.check(config, manifests)
+    check_callbacks(config, int(os.environ.get("RANK", "0")))
     if config.dry_run:
         build_model(config.model, num_classes)
         print_dry_run(config, train, val)

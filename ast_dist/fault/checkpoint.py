@@ -93,7 +93,7 @@ class Checkpoints(CheckpointWriter):
         tensors, plain = split(state.state_dict(self.world.rank))
         content = json.dumps({"state": plain, "session": state.session}, indent=1) + "\n"
         accuracies = {"val_acc1": val_acc1, "val_ema_acc1": val_ema_acc1}
-        about = {"step": state.global_step, **accuracies, "total_s": state.session.get("total_s")}
+        about = {"step": state.global_step, "epoch": state.epoch, **accuracies, "total_s": state.session.get("total_s")}
         flight = Flight(name, self._staging.copy(tensors), content, about, began)
         self._flight = flight
         # A daemon: it must not keep alive a process whose training failed, while it waits for a peer that is gone.

@@ -16,8 +16,11 @@ from typing import Any
 from ast_dist import startup
 from ast_dist.config import Config, to_dict
 from ast_dist.errors import UserError
+from ast_dist.track.alerts import Alerts
+from ast_dist.track.callbacks import Callbacks
 from ast_dist.track.console import Console
 from ast_dist.track.dashboard_process import DashboardProcess
+from ast_dist.track.hardest import Hardest
 from ast_dist.track.history import History, read
 from ast_dist.track.progress import LEFT_KEYS, read_progress, write_progress
 from ast_dist.track.summary import summary
@@ -81,16 +84,22 @@ class Tracker:
         self._costs: dict[str, Any] = {}
         self._total_before_s = 0.0
         self._last_sign_of_life: float | None = None
-        self._next_number = 0
         self._rows_lost = 0
         self._broken: set[str] = set()
         self._dashboard = DashboardProcess(self.run_dir, self.warn) if config.track.dashboard else None
         self._wandb: WandbRun | None = None
+        self._wandb_id_before: str | None = None
+        self._callbacks = Callbacks(path, self.warn) if (path := config.track.callbacks) else None
 
     @property
     def total_s(self) -> float:
         """Seconds spent on the run, over all its sessions, work that a kill undid included."""
         return self._total_before_s + time.monotonic() - self._began
+
+    @property
+    def wandb_id(self) -> str | None:
+        """The run's id at W&B, for the checkpoint; None where it has none."""
+        return self._wandb.run_id if self._wandb else self._wandb_id_before
 
     @property
     def history_bytes(self) -> int:
@@ -130,7 +139,6 @@ class Tracker:
             # The checkpoint is sound, and what was told of the way to it must not keep the run from going on.
             aside = self._history.set_aside() if self._history.path.stat().st_size else None
             self.warn(f"{error} Going on with an empty one" + (f"; the old one is now {aside.name}." if aside else "."))
-        self._next_number = self._history.num_rows
         self._restore(checkpoint, float(kept.get("total_s", 0.0)), rows)
         steps_before, self._last_sign_of_life = previous_beat or (resumed_from_step, None)
         repeated = max(0, steps_before - resumed_from_step)
@@ -150,13 +158,22 @@ class Tracker:
         for row in self._early_warnings:
             self._keep(self._sessions, row)
         self._view("the console", self.console.start, {**(info or {}), "start": self._describe_start()})
+        self._wandb_id_before = kept.get("wandb_id")
+        track = self._config.track
+        if track.wandb == "off":
+            return
         self._wandb = WandbRun(
             self.run_dir,
-            self._config.track.wandb,
-            self._config.track.wandb_project,
+            track.wandb,
+            track.wandb_project,
             to_dict(self._config),
+            run_id=self._wandb_id_before,
             warn=self.warn,
             inform=lambda text: self._view("the console", self.console.message, text),
+            restored=read(self._history.path),
+            group=track.wandb_group,
+            tags=[*track.wandb_tags, self._config.gate.policy, *filter(None, [self._config.preset])],
+            keeps_artifacts=track.wandb_artifacts,
         )
 
     def first_step(self) -> None:
@@ -166,6 +183,8 @@ class Tracker:
             recovery_s = max(0.0, time.time() - self._last_sign_of_life)
             times = {"recovery_s": round(recovery_s, 3), "first_step_s": round(startup.age_s(), 3)}
             self._keep(self._sessions, {**row, "event": "first_step", **times})
+            if self._wandb and self._start_row["restart"]:
+                self._wandb.alert(Alerts.restarted(recovery_s, self._start_row["resumed_from_step"]))
 
     def step(self, row: Row) -> None:
         """Take a step row. Its kind, its session and the time spent are filled in."""
@@ -173,11 +192,18 @@ class Tracker:
         if self._dashboard:
             self._view("the dashboard", self._dashboard.tend)
 
-    def epoch(self, row: Row) -> None:
-        """Take an epoch row. Its kind, its session and the time spent are filled in."""
-        self._take("epoch", row, self.console.epoch)
+    def epoch(self, row: Row, hardest: Hardest | None = None) -> None:
+        """Take an epoch row, as `step` does. hardest: samples for W&B to show."""
+        self._take("epoch", row, self.console.epoch, hardest)
         if self._dashboard:
             self._view("the dashboard", self._dashboard.refresh)
+
+    def checkpoint(self, info: Row, best: Path | None) -> None:
+        """Tell of a committed checkpoint. info: for callbacks, `path` at least. best: that of the highest accuracy."""
+        if self._wandb:
+            self._view("W&B", self._wandb.checkpoint, Path(info["path"]), best)
+        if self._callbacks:
+            self._callbacks.call("on_checkpoint", info)
 
     def progress(self, **fields: Any) -> None:
         """Update progress.json and STATUS.txt, after every save; keys as in `write_progress`.
@@ -206,6 +232,8 @@ class Tracker:
         """Note in sessions.jsonl that this attempt ends and the last checkpoint is loaded again."""
         row = {key: self._start_row[key] for key in ("session", "restart")}
         self._keep(self._sessions, {**row, "event": "rollback", "epoch": epoch, "step": step})
+        if self._wandb:
+            self._wandb.alert(Alerts.rolled_back(epoch, step))
 
     def close(
         self,
@@ -232,7 +260,7 @@ class Tracker:
             self._view("the dashboard", self._dashboard.close, timeout_s)
         if self._wandb:
             left_s = max(1.0, deadline - time.monotonic())
-            self._view("W&B", self._wandb.close, 1 if state == "failed" else 0, left_s)
+            self._view("W&B", self._wandb.close, state, message, left_s)
         self._view("the console", self.console.close, summary(self.run_dir, self._progress, self._costs))
         self._history.close()
         self._sessions.close()
@@ -255,16 +283,17 @@ class Tracker:
             return f"{which}, from the beginning"
         return f"{which}, from {row['checkpoint']}, {row['steps_repeated']:,} steps to repeat"
 
-    def _take(self, kind: str, row: Row, show: Callable[[Row], None]) -> None:
+    def _take(self, kind: str, row: Row, show: Callable[[Row], None], hardest: Hardest | None = None) -> None:
         filled = {"progress/session": self._start_row["session"], "time/total_s": round(self.total_s, 3)}
         whole = {"kind": kind, **row, **filled}
-        number, self._next_number = self._next_number, self._next_number + 1
         self.stretches.extend(epoch_stretches([whole]))
         self._note_costs(whole)
         self._keep(self._history, whole)
         self._view("the console", show, whole)
         if self._wandb:
-            self._view("W&B", self._wandb.log, whole, number)
+            self._view("W&B", self._wandb.log, whole, hardest)
+        if self._callbacks:
+            self._callbacks.call(f"on_{kind}", whole)
 
     def _note_costs(self, row: Row) -> None:
         """Keep what was spent so far. An epoch's row tells all that is measured, a step's a part of it."""
