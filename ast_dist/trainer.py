@@ -74,8 +74,9 @@ class Trainer:
         # First: until the model is there, nothing of ours runs on a GPU, and what it draws is its idle power.
         meter = open_meter(world.device)
         setup = PolicySetup.of_run(config, train.num_samples, train.label)
-        ranks = {"rank": world.rank, "world_size": world.size, "all_reduce": world.sum, "gather": world.gather_rows}
-        self.policy: Policy = make_policy(dataclasses.replace(setup, **ranks))
+        setup = dataclasses.replace(setup, rank=world.rank, world_size=world.size)
+        setup = dataclasses.replace(setup, all_reduce=world.sum, gather=world.gather_rows)
+        self.policy: Policy = make_policy(setup)
         # A policy may have fewer epochs than full training: the schedule is its own.
         self.epochs = self.policy.epochs
         torch.manual_seed(hash_key(STREAM_INIT, config.seed))
