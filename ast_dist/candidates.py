@@ -195,6 +195,8 @@ class Candidates:
         labels[: len(here)] = self._labels[ids[: len(here)]]
         weights[: len(here)] = self._weights[:count][here]
         nothing = arrived.new_zeros((num_rows, *arrived.shape[1:]))
+        # The accuracy on all samples was measured when they were scored.
+        nothing_said = torch.zeros(num_rows, device=self._world.device)
         self._ids, self._weights, self._owners = self._ids[count:], self._weights[count:], self._owners[count:]
         self._images = self._images[len(sent_to) :]
         return Batch(
@@ -206,6 +208,7 @@ class Candidates:
             is_active=self._on_device(ids >= 0),
             planned=count,
             erased=self._augment.erased(ids, epoch, arrived.shape[-1]),
+            chances=nothing_said,
         )
 
     def _on_device(self, values: np.ndarray) -> Tensor:

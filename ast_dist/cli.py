@@ -17,11 +17,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("ast_dist.train", "train, or go on where the run stopped"),
     "supervise": ("ast_dist.supervise", "start a training's agent, and start it again when it dies"),
     "status": ("ast_dist.status", "say how a run stands"),
+    "report": ("ast_dist.report", "write one HTML file on a run, or on several side by side"),
     "make-shards": ("data_prep.make_shards", "turn images into shards with an index"),
     "check-shards": ("data_prep.check_shards", "verify a set of shards, sample by sample"),
     "compare": ("ast_dist.compare", "train with several policies at equal cost, over seeds"),
     "export": ("ast_dist.export", "write a run's weights to one file, with labels and preprocessing"),
     "evaluate": ("ast_dist.evaluate", "measure a run's weights on a split"),
+    "diagram": ("ast_dist.diagram", "draw the system and the gate's process, with a run's numbers"),
+    "kaggle": ("ast_dist.kaggle", "train on Kaggle, session after session"),
     "doctor": ("ast_dist.doctor", "check what this machine can run"),
 }
 

@@ -1,19 +1,22 @@
 """Where the time goes: steps, waiting for data, checkpoints, epochs."""
 
 import time
+from collections import deque
 from collections.abc import Iterator
 
 from ast_dist.data.batch import Batch
+from ast_dist.track.time_left import RECENT, Stretch
 
 
 class Span:
-    """A stretch of the run: since when, how many steps and samples, at what cost, how long it waited for data."""
+    """A stretch of the run: since when, how many steps and samples, at what cost, FLOPs, wait for data."""
 
     def __init__(self) -> None:
         self.began = time.monotonic()
         self.steps = 0
         self.samples = 0
         self.cost = 0.0
+        self.flops = 0.0
         self.waited_s = 0.0
 
     @property
@@ -21,21 +24,39 @@ class Span:
         """Seconds since the span began."""
         return max(time.monotonic() - self.began, 1e-9)
 
-    def row(self) -> dict[str, float]:
-        """Throughput over all ranks and the share of time spent waiting for data."""
+    def row(self, peak_flops_per_s: float | None) -> dict[str, float]:
+        """Throughput over all ranks, and shares: of the time spent waiting for data, of the peak rate where known."""
         elapsed_s = self.elapsed_s
-        return {
+        row = {
             "perf/images_per_s": self.samples / elapsed_s,
             "perf/data_wait": min(self.waited_s / elapsed_s, 1.0),
         }
+        if peak_flops_per_s:
+            row["perf/mfu"] = self.flops / elapsed_s / peak_flops_per_s
+        return row
+
+    @property
+    def stretch(self) -> Stretch | None:
+        """Seconds and cost so far, evaluation and saves included; None where nothing was trained.
+
+        A scored sample counts as the part of a trained one that it costs.
+        """
+        return Stretch(self.elapsed_s, self.cost) if self.cost else None
 
 
 class Clock:
-    """Measures steps, waiting for data, saves and epochs, each over its own span."""
+    """Measures steps, waiting for data, saves and epochs, each over its own span.
 
-    def __init__(self) -> None:
+    peak_flops_per_s: what all devices together can do; None where it is not known.
+
+    Attributes: intervals (of the last rows, the newest last).
+    """
+
+    def __init__(self, peak_flops_per_s: float | None = None) -> None:
+        self._peak_flops_per_s = peak_flops_per_s
         self._process, self._epoch, self._interval = Span(), Span(), Span()
         self._saves: dict[str, float] = {}
+        self.intervals: deque[Stretch] = deque(maxlen=RECENT)
 
     @property
     def is_first_step(self) -> bool:
@@ -60,6 +81,11 @@ class Clock:
             span.samples += samples
             span.cost += samples if cost is None else cost
 
+    def computed(self, flops: float) -> None:
+        """Count what went through the model on all ranks, FLOPs."""
+        for span in (self._epoch, self._interval):
+            span.flops += flops
+
     def saved(self, stall_s: float) -> None:
         """Note for how long a save held up the training's host."""
         self._saves["perf/ckpt_stall_ms"] = 1000 * stall_s
@@ -70,27 +96,31 @@ class Clock:
         if copy_s:
             self._saves["perf/ckpt_copy_ms"] = 1000 * copy_s
 
-    def seconds_per_sample(self) -> float:
-        """Wall-clock seconds per trained sample in this process, evaluation and saves included.
-
-        A scored sample counts as the part of a trained one that it costs.
-        """
-        return self._process.elapsed_s / self._process.cost if self._process.cost else 0.0
+    @property
+    def process(self) -> Stretch | None:
+        """This process so far; None before its first step."""
+        return self._process.stretch
 
     def interval_row(self) -> dict[str, float]:
         """The perf keys since the last call or the epoch's start."""
         span, self._interval = self._interval, Span()
-        row = {**span.row(), "perf/step_ms": 1000 * span.elapsed_s / max(span.steps, 1)}
+        row = {**span.row(self._peak_flops_per_s), "perf/step_ms": 1000 * span.elapsed_s / max(span.steps, 1)}
+        if stretch := span.stretch:
+            self.intervals.append(stretch)
         row |= self._saves
         self._saves = {}
         return row
 
     def epoch_trained(self) -> dict[str, float]:
         """The perf keys of the epoch's steps, evaluation left out."""
-        return {**self._epoch.row(), "perf/train_s": self._epoch.elapsed_s}
+        return {**self._epoch.row(self._peak_flops_per_s), "perf/train_s": self._epoch.elapsed_s}
 
     def epoch_done(self) -> dict[str, float]:
-        """The epoch's seconds, evaluation included; the next epoch's time begins."""
-        row = {"perf/epoch_s": self._epoch.elapsed_s}
+        """The epoch's seconds, evaluation included, and their pace; the next epoch's time begins.
+
+        After a resume in mid-epoch both are of its rest. The pace is absent where this process trained none of it.
+        """
+        elapsed_s, cost = self._epoch.elapsed_s, self._epoch.cost
+        row = {"perf/epoch_s": elapsed_s, **({"perf/s_per_sample": elapsed_s / cost} if cost else {})}
         self._epoch, self._interval = Span(), Span()
         return row

@@ -16,6 +16,9 @@ from ast_dist.arguments import parse_arguments
 from ast_dist.config import Config
 from ast_dist.errors import UserError
 
+# Settings that are typed so often that a short form is known, too.
+_SHORT = {"--quiet": "--track.quiet", "--no-quiet": "--track.no-quiet"}
+
 
 def preset_names() -> list[str]:
     """Names of the presets that come with the package."""
@@ -28,7 +31,7 @@ def parse(argv: Sequence[str], prog: str = "python -m ast_dist.train") -> Config
     Raises UserError, in one line, for an unknown key (with the nearest known one), a value of the wrong type or
     outside its range, an unknown preset or an unreadable YAML file. `--help` prints and raises SystemExit(0).
     """
-    argv = list(argv)
+    argv = [_SHORT.get(word, word) for word in argv]
     in_preset: list[str] = []
     in_file: list[str] = []
     config_file = _last_value(argv, "--config")
@@ -51,6 +54,11 @@ def parse(argv: Sequence[str], prog: str = "python -m ast_dist.train") -> Config
         if in_file and str(error) == _complaint([*in_preset, *in_file, *needed], prog):
             raise UserError(f"{config_file}: {error}") from None
         raise
+
+
+def settings_to_argv(settings: dict[str, Any]) -> list[str]:
+    """Settings as a preset has them, as arguments: {"gate": {"target_rate": 0.3}} → ["--gate.target-rate=0.3"]."""
+    return list(_flatten(settings, ""))
 
 
 def _complaint(argv: Sequence[str], prog: str) -> str | None:
@@ -85,7 +93,16 @@ def _yaml_to_argv(text: str, source: str) -> list[str]:
         raise UserError(f"{source}: expected keys like `gate: {{target_rate: 0.3}}`, found a {type(tree).__name__}.")
     # A run's own config.yaml also states its data's hashes; the rest of it can start another run.
     tree.pop("manifest", None)
-    return list(_flatten(tree, ""))
+    return to_argv(tree)
+
+
+def to_argv(settings: dict[str, Any]) -> list[str]:
+    """Flatten settings into arguments: {"gate": {"target_rate": 0.3}} → ["--gate.target-rate=0.3"].
+
+    settings: sections are dicts; names are the command line's, with `_` or `-`. Values are turned into text by `str`;
+    lists and tuples into as many words. None leaves a section as it is.
+    """
+    return list(_flatten(settings, ""))
 
 
 def _flatten(tree: dict[str, Any], prefix: str) -> Iterator[str]:
@@ -100,7 +117,7 @@ def _flatten(tree: dict[str, Any], prefix: str) -> Iterator[str]:
             yield f"--{name}" if value else f"--{head + '.' if head else ''}no-{leaf}"
         elif isinstance(value, bool):  # YAML takes a bare off for false, and `track.wandb: off` is meant
             yield f"--{name}={'on' if value else 'off'}"
-        elif isinstance(value, list):
+        elif isinstance(value, list | tuple):
             yield f"--{name}"
             yield from map(str, value)
         else:

@@ -252,7 +252,7 @@ class TrackConfig:
     dashboard: bool = True
     """Draw dashboard.png at each epoch's end and each save, in a process beside the training."""
     quiet: bool = False
-    """Print warnings and errors only."""
+    """Print warnings and errors only; --quiet is short for --track.quiet."""
     wandb: Literal["off", "offline", "online"] = "off"
     """Weights & Biases: off, a local offline run, or online."""
     wandb_project: str = "ast-dist"

@@ -1,7 +1,10 @@
-"""`python -m ast_dist.doctor [--json]`: what this machine can run, one line a check, and the remedy where one is due.
+"""What this machine can run, one line a check, and the remedy where one is due.
+
+Usage: `python -m ast_dist.doctor [--data DIR …] [--run-dir RUN] [--json]`
 
 Libraries are probed in processes of their own: a torch that crashes on import takes its probe down, not the doctor.
-A device or a process group counts only after a real operation on it. Nothing here uses the network.
+A device or a process group counts only after a real operation on it, data only after a sample was decoded. Nothing
+here uses the network, but for data behind a URL.
 """
 
 import argparse
@@ -14,45 +17,40 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlsplit
 
 from ast_dist import __version__
+from ast_dist.doctor_folders import Check, check_disk, check_run_dir, probe_data
 from ast_dist.errors import run_command
 
 PROBE_DEADLINE_S = 120
-MIN_DISK_GB = 2.0  # three checkpoints of a ResNet-50 with its optimizer and the one being written
 MIN_SHARED_MEMORY_MB = 256  # NCCL's rings between GPUs of one host; a container gets 64 MB unless told otherwise
 REINSTALL_PAIR = "pip install --force-reinstall torch torchvision"
 
 
-@dataclass(frozen=True)
-class Check:
-    """One finding. status: "warn" runs, perhaps not as wanted; "FAIL" does not run. remedy: what to do, or ""."""
+def diagnose(data: Sequence[str] = (), run_dir: Path | None = None) -> list[Check]:
+    """Run every check. Where torch cannot be imported, what needs it is left out: the one cause is said once.
 
-    name: str
-    status: Literal["ok", "warn", "FAIL"]
-    detail: str
-    remedy: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.status:4}  {self.name:13}  {self.detail}" + (f" → {self.remedy}" if self.remedy else "")
-
-
-def diagnose() -> list[Check]:
-    """Run every check. Where torch cannot be imported, what needs it is left out: the one cause is said once."""
+    data: folders or URLs of shard sets. run_dir: of a run that there is, or is to be.
+    """
     checks = [check_python(), *run_probe("torch")]
     torch_works = any(check.name == "torch" and check.status == "ok" for check in checks)
     probes = [*(("gloo", "cuda") if torch_works else ()), "dali", "webdataset", "wandb"]
     with ThreadPoolExecutor() as pool:
-        for found in pool.map(run_probe, probes):
+        for found in [
+            *pool.map(run_probe, probes),
+            *(pool.map(partial(run_probe, "data"), data) if torch_works else ()),
+        ]:
             checks += found
-    return [*checks, check_disk(Path.cwd()), check_shared_memory(), check_cores()]
+    disk = check_run_dir(run_dir) if run_dir else check_disk(Path.cwd())
+    return [*checks, disk, check_shared_memory(), check_cores()]
 
 
 def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> Check:
@@ -62,17 +60,6 @@ def check_python(version: tuple[int, ...] = sys.version_info[:3]) -> Check:
     if version < (3, 11):
         return Check("Python", "FAIL", detail, "install Python 3.11 or newer and make a new environment with it")
     return Check("Python", "ok", detail)
-
-
-def check_disk(folder: Path) -> Check:
-    """Free space where the command was typed: the run directory usually lies there."""
-    free_gb = shutil.disk_usage(folder).free / 1e9
-    detail = f"{free_gb:.1f} GB free in {folder}"
-    if not os.access(folder, os.W_OK):
-        return Check("disk", "warn", f"{folder} is not writable", "name a writable --run-dir")
-    if free_gb < MIN_DISK_GB:
-        return Check("disk", "warn", f"{detail}, below {MIN_DISK_GB:g} GB", "make room, or put --run-dir elsewhere")
-    return Check("disk", "ok", detail)
 
 
 def check_shared_memory(folder: Path = Path("/dev/shm")) -> Check:
@@ -242,7 +229,7 @@ def wandb_key_source() -> str | None:
 
 
 # Probe → (what it runs, the names of its findings in order, the remedy where it ends without them).
-PROBES: dict[str, tuple[Callable[[], Iterator[Check]], tuple[str, ...], str]] = {
+PROBES: dict[str, tuple[Callable[..., Iterator[Check]], tuple[str, ...], str]] = {
     "torch": (probe_torch, ("torch", "torchvision", "decoders"), REINSTALL_PAIR),
     "gloo": (
         probe_gloo,
@@ -253,12 +240,13 @@ PROBES: dict[str, tuple[Callable[[], Iterator[Check]], tuple[str, ...], str]] = 
     "dali": (probe_dali, ("DALI",), "pip install --force-reinstall 'ast-dist[dali]', or pip uninstall it"),
     "webdataset": (probe_webdataset, ("webdataset",), "pip install --force-reinstall webdataset"),
     "wandb": (probe_wandb, ("wandb",), "pip install --force-reinstall wandb"),
+    "data": (probe_data, ("data",), "run data_prep.check_shards on it"),
 }
 
 
-def run_probe(probe: str) -> list[Check]:
+def run_probe(probe: str, *arguments: str) -> list[Check]:
     """Run one probe in a process of its own; what it did not live to say is a FAIL."""
-    command = [sys.executable, "-c", f"from ast_dist import doctor; doctor.report_probe({probe!r})"]
+    command = [sys.executable, "-c", f"from ast_dist import doctor; doctor.report_probe(*{(probe, *arguments)!r})"]
     try:
         child = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_DEADLINE_S, check=False)
         returncode, stdout, stderr = child.returncode, child.stdout, child.stderr
@@ -273,10 +261,10 @@ def run_probe(probe: str) -> list[Check]:
     return checks
 
 
-def report_probe(probe: str) -> None:
+def report_probe(probe: str, *arguments: str) -> None:
     """Print a probe's findings, one JSON object a line, each as soon as it is known; end on the first exception."""
     try:
-        for check in PROBES[probe][0]():
+        for check in PROBES[probe][0](*arguments):
             print(json.dumps(asdict(check)), flush=True)
     except Exception as error:  # noqa: BLE001 - whatever ends a probe is its finding
         sys.exit(f"{type(error).__name__}: {_first_line(str(error))}")
@@ -311,8 +299,10 @@ def main(argv: list[str]) -> int:
     """Print all checks. Returns 0 when nothing FAILs, else 1."""
     parser = argparse.ArgumentParser(prog="python -m ast_dist.doctor", description="Check what this machine can run.")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of lines")
+    parser.add_argument("--data", action="append", default=[], metavar="DIR", help="shards to look at; may be repeated")
+    parser.add_argument("--run-dir", type=Path, metavar="RUN", help="where a run's checkpoints go, or are to go")
     arguments = parser.parse_args(argv)
-    checks = diagnose()
+    checks = diagnose(arguments.data, arguments.run_dir)
     count = {status: sum(check.status == status for check in checks) for status in ("ok", "warn", "FAIL")}
     if arguments.json:
         document = {"ok": not count["FAIL"], "version": __version__, "checks": [asdict(check) for check in checks]}

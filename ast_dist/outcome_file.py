@@ -16,6 +16,8 @@ from typing import Any
 FILE_VARIABLE = "AST_DIST_OUTCOME_FILE"
 AGENT_VARIABLE = "AST_DIST_AGENT_PID"
 LAUNCH_VARIABLE = "AST_DIST_LAUNCH"
+# What a person typed who started the agent, quoted for a shell: the run's last words repeat it.
+COMMAND_VARIABLE = "AST_DIST_COMMAND"
 
 
 def tell(event: str, **facts: Any) -> None:

@@ -14,15 +14,20 @@ from ast_dist.clock import Clock
 from ast_dist.config import Config
 from ast_dist.data.index import Index
 from ast_dist.data.loader import Loader
+from ast_dist.data.order import Plan
 from ast_dist.distributed import World
 from ast_dist.fault import commit
+from ast_dist.fault.deadline import Deadline
 from ast_dist.fault.lease import Lease
 from ast_dist.fault.state import TrainState
 from ast_dist.gate.cost import Ledger
 from ast_dist.gate.policy import Policy, RememberingPolicy
-from ast_dist.resources import Resources
-from ast_dist.step import Meters, TrainStep
+from ast_dist.meters import Meters
+from ast_dist.resources import Resources, forget_peak, peak_bytes
+from ast_dist.step import TrainStep
 from ast_dist.track.hardest import Hardest
+from ast_dist.track.progress import LEFT_KEYS
+from ast_dist.track.time_left import TimeLeft, sessions_left, time_left
 from ast_dist.track.tracker import Tracker
 
 
@@ -43,6 +48,7 @@ class Reports:
         ledger: Ledger,
         resources: Resources,
         clock: Clock,
+        deadline: Deadline | None,
     ) -> None:
         self.tracker: Tracker | None = None
         self._config = config
@@ -54,6 +60,7 @@ class Reports:
         self._ledger = ledger
         self._resources = resources
         self._clock = clock
+        self._deadline = deadline
         self._images_of: Index | None = None
 
     def open(self, run_dir: Path, lease: Lease, checkpoint: str | None, loader: Loader, num_val: int) -> None:
@@ -79,6 +86,7 @@ class Reports:
                 "policy": config.gate.policy + gated,
                 "ranks": f"{world.size} on {world.device.type}, global batch {config.loop.global_batch_size}",
                 "decoder": f"{loader.decoder.name}, {loader.threads} threads a rank, {cache}",
+                "energy": self._resources.joules.describe(),
             },
         )
         if config.track.wandb_images and config.track.wandb != "off":
@@ -93,11 +101,11 @@ class Reports:
         else:
             self._images_of = index
 
-    def progress(self, checkpoint: str | None, verified_at: float | None) -> None:
+    def progress(self, checkpoint: str | None, verified_at: float | None, *, session_is_over: bool = False) -> None:
         """Tell progress.json where the run is.
 
         checkpoint: the newest committed one. verified_at: when all of it was last read back and found sound, seconds
-        since 1970, or None.
+        since 1970, or None. session_is_over: whether what is left has to wait for the next session.
         """
         if self.tracker:
             state = self._state
@@ -106,7 +114,8 @@ class Reports:
                 step=state.global_step,
                 best_acc1=state.best_acc1,
                 last_acc1=state.last_acc1,
-                eta_s=self._eta_s(),
+                gpu_joules=self._resources.joules.row().get("cost/gpu_joules"),
+                **self._left_fields(session_is_over),
                 checkpoint=checkpoint,
                 checkpoint_verified_at=verified_at
                 and datetime.fromtimestamp(verified_at, UTC).isoformat("T", "seconds"),
@@ -138,8 +147,10 @@ class Reports:
 
     def step(self, lr: float, num_steps: int) -> None:
         """A row of a step. All ranks must call. num_steps: of the epoch's plan."""
-        means = self._step.meters.read(self._world)
-        self._step.meters = Meters.zero(self._world.device)
+        device = self._world.device
+        means, peak = self._step.meters.read(self._world, peak_bytes(device))
+        self._step.meters = Meters.zero(device)
+        forget_peak(device)
         timing = self._clock.interval_row()
         if self.tracker:
             state = self._state
@@ -153,7 +164,8 @@ class Reports:
                     **self.gate(),
                     **self._costs(),
                     **timing,
-                    "progress/eta_h": self._eta_s() / 3600,
+                    "perf/mem_gb": peak / 1e9,
+                    **self._eta_row(),
                 }
             )
 
@@ -164,6 +176,9 @@ class Reports:
         what `evaluate` returned.
         """
         self._resources.tally()
+        forget_peak(self._world.device)
+        is_full = planned == self._state.num_samples and not self._policy.scores_epoch(self._state.epoch - 1)
+        joules = self._resources.joules.end_epoch(is_full)
         timing = self._clock.epoch_done()
         if self.tracker:
             state, ledger = self._state, self._ledger
@@ -179,12 +194,24 @@ class Reports:
                     "cost/samples_backwarded": ledger.backwarded,
                     "cost/samples_scored": ledger.scored,
                     **self._resources.row(),
+                    **joules,
                     **scores,
                     **timing,
-                    "progress/eta_h": self._eta_s() / 3600,
+                    **self._eta_row(),
                 },
                 self._hardest() if scores else None,
             )
+
+    def accuracy(self, plan: Plan) -> dict[str, float]:
+        """The accuracy on all samples of an epoch that was trained by a plan, and begin anew. All ranks must call.
+
+        Empty where nobody knows with which chance the samples were selected.
+        """
+        acc1 = self._step.accuracy.read(self._world)
+        is_known = plan.chances is not None or len(plan.ids) == self._state.num_samples
+        if acc1 is None or not is_known:
+            return {}
+        return {"train/acc1_all": acc1}
 
     def _hardest(self) -> Hardest | None:
         if self._images_of is None or not isinstance(self._policy, RememberingPolicy):
@@ -200,11 +227,16 @@ class Reports:
         return {f"gate/{key}": value for key, value in report.items()}
 
     def session(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the run's life beside its weights; empty where nothing is tracked."""
+        """What a checkpoint keeps of the run's life beside its weights; empty where nothing is tracked.
+
+        All ranks must call.
+        """
+        accuracy = self._step.accuracy.totals(self._world)
         if not self.tracker:
             return {}
         times = {"total_s": self.tracker.total_s, "history_bytes": self.tracker.history_bytes}
-        return {**times, "resources": self._resources.to_dict(), "wandb_id": self.tracker.wandb_id}
+        told = {"accuracy_of_all": accuracy, "wandb_id": self.tracker.wandb_id}
+        return {**times, "resources": self._resources.to_dict(), **told}
 
     def _costs(self) -> dict[str, float]:
         return {
@@ -213,11 +245,30 @@ class Reports:
             "train/steps_nonfinite": self._ledger.steps_nonfinite,
         }
 
-    def _eta_s(self) -> float:
-        """Seconds left at this session's pace, by the cost of what the policy still means to do."""
+    def _time_left(self) -> TimeLeft | None:
+        """Seconds left, by the cost of what the policy still means to do."""
+        assert self.tracker
         state = self._state
         passes = sum(self._policy.cost(epoch) for epoch in range(state.epoch, self._policy.epochs))
         if state.plan is not None:
             done = state.step_in_epoch / state.plan.num_steps(self._config.loop.global_batch_size)
             passes -= done * self._policy.cost(state.epoch)
-        return passes * state.num_samples * self._clock.seconds_per_sample()
+        clock, epochs = self._clock, list(self.tracker.stretches)
+        return time_left(passes * state.num_samples, clock.process, epochs, list(clock.intervals))
+
+    def _eta_row(self) -> dict[str, float]:
+        left = self._time_left()
+        return {"progress/eta_h": left.likely_s / 3600} if left else {}
+
+    def _left_fields(self, session_is_over: bool) -> dict[str, Any]:
+        """The keys of progress.json that tell of what is left; None where unknown."""
+        left, deadline = self._time_left(), self._deadline
+        fields: dict[str, Any] = dict.fromkeys(LEFT_KEYS)
+        if left:
+            fields |= {"eta_s": left.likely_s, "eta_low_s": left.low_s, "eta_high_s": left.high_s}
+        if left and deadline:
+            whole_s = deadline.session_s - deadline.margin_s
+            now_s = 0.0 if session_is_over else max(0.0, deadline.left_s - deadline.margin_s)
+            fields["sessions_left_low"] = sessions_left(left.low_s, whole_s, now_s)
+            fields["sessions_left_high"] = sessions_left(left.high_s, whole_s, now_s)
+        return fields

@@ -1,12 +1,14 @@
-"""What a run took from its machines, over all ranks and sessions: samples read and decoded, joules of the GPUs."""
+"""What a run took from its machines, over all ranks and sessions: samples read and decoded, GPU joules, memory."""
 
-import warnings
+import resource
+import sys
 from typing import Any
 
 import torch
 
 from ast_dist.data.loader import Loader
 from ast_dist.distributed import World
+from ast_dist.joules import Joules
 from ast_dist.track.energy import GpuMeter
 
 
@@ -21,25 +23,21 @@ class Resources:
     samples_read, samples_decoded: samples of the training split. Batches prefetched and never trained, because the
     run was stopped, count: they were really read. A damaged sample is read, and decoded only where its bytes gave an
     image of the indexed size. What the cache serves is neither.
-    gpu_millijoules: what all GPUs used, their idle share while the run waited included; None unless every rank has
-    had a meter in every session, since a part of the sum would pass for all of it. Ranks that share a GPU count it
-    once.
+    joules: of the GPUs; closed by `close`.
 
     Kept apart from the ledger because two runs with the same weights may differ here. What a killed session spent
     after its last checkpoint is missing.
 
-    loader: of the training split. meter: of this rank's GPU; closed by `close`.
+    loader: of the training split.
     """
 
-    def __init__(self, loader: Loader, world: World, meter: GpuMeter | None) -> None:
+    def __init__(self, loader: Loader, world: World, joules: Joules) -> None:
+        self.joules = joules
         self._loader = loader
         self._world = world
-        self._meter = meter
-        uuids = world.gather(meter.uuid if meter else None)
-        self._counts_gpu = meter is not None and uuids.index(meter.uuid) == world.rank
         self._read_before = self._decoded_before = 0
-        self._millijoules_before: int | None = None if None in uuids else 0
-        self._session = [0, 0, 0]
+        self._session = [0, 0]
+        self._peak_bytes = 0
 
     @property
     def samples_read(self) -> int:
@@ -51,52 +49,56 @@ class Resources:
         """Samples decoded to an image."""
         return self._decoded_before + self._session[1]
 
-    @property
-    def gpu_millijoules(self) -> int | None:
-        """Energy of all GPUs, mJ."""
-        return None if self._millijoules_before is None else self._millijoules_before + self._session[2]
-
     def tally(self) -> None:
-        """Sum this session's counts over the ranks. All ranks must call."""
-        millijoules = self._meter.millijoules() if self._meter else 0
-        counts = [
-            self._loader.reader.samples_read,
-            self._loader.samples_decoded,
-            (millijoules or 0) if self._counts_gpu else 0,
-            int(millijoules is None),
-        ]
-        *self._session, failed = self._world.sum(torch.tensor(counts, device=self._world.device)).tolist()
-        if failed and self._millijoules_before is not None:
-            self._millijoules_before = None
-            if self._world.is_main:
-                message = "NVML no longer answers: cost/gpu_joules is left out from here on."
-                warnings.warn(message, RuntimeWarning, stacklevel=2)
+        """Sum this session's counts over the ranks, and find the peak of their memory. All ranks must call."""
+        world = self._world
+        peak = peak_bytes(world.device)
+        peaks = [peak if rank == world.rank else 0 for rank in range(world.size)]
+        counts = [self._loader.reader.samples_read, self._loader.samples_decoded, *self.joules.counts(), *peaks]
+        read, decoded, *rest = world.sum(torch.tensor(counts, device=world.device)).tolist()
+        self._session = [read, decoded]
+        self.joules.take(rest[: -world.size])
+        self._peak_bytes = max(rest[-world.size :])
 
     def row(self) -> dict[str, float]:
-        """The cost keys of the last tally; no joules where they were not measured."""
-        row: dict[str, float] = {
+        """What the last tally found, by its key; no joules where they were not measured."""
+        return {
             "cost/samples_read": self.samples_read,
             "cost/samples_decoded": self.samples_decoded,
             "cost/session_samples_read": self._session[0],
             "cost/session_samples_decoded": self._session[1],
+            **self.joules.row(),
+            "perf/mem_gb": self._peak_bytes / 1e9,
         }
-        if self.gpu_millijoules is not None:
-            row["cost/gpu_joules"] = self.gpu_millijoules / 1000
-        return row
 
     def to_dict(self) -> dict[str, Any]:
         """As plain numbers, for the checkpoint."""
-        names = ("samples_read", "samples_decoded", "gpu_millijoules")
-        return {name: getattr(self, name) for name in names}
+        samples = {"samples_read": self.samples_read, "samples_decoded": self.samples_decoded}
+        return {**samples, **self.joules.to_dict()}
 
     def load(self, before: dict[str, Any]) -> None:
         """Go on from what `to_dict` gave; from an empty dict, the sessions before were not measured."""
         self._read_before = before.get("samples_read", 0)
         self._decoded_before = before.get("samples_decoded", 0)
-        if self._millijoules_before is not None:
-            self._millijoules_before = before.get("gpu_millijoules")
+        self.joules.load(before)
 
     def close(self) -> None:
         """Close the meter."""
-        if self._meter:
-            self._meter.close()
+        self.joules.close()
+
+
+def peak_bytes(device: torch.device) -> int:
+    """Most memory in use at once on this rank: what torch held for tensors on its GPU since `forget_peak`.
+
+    On a CPU, what the process had resident since it began: the kernel tells no later peak.
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak  # Linux counts in KiB
+
+
+def forget_peak(device: torch.device) -> None:
+    """Begin to look for the peak anew, where that can be done."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

@@ -1,10 +1,11 @@
 """Where a run stands, from its files alone: needs no GPU and no torch, and never touches the run.
 
-Usage: `python -m ast_dist.status RUN [--json] [--watch]`
+Usage: `python -m ast_dist.status RUN [RUN…] [--json] [--watch]`. Several runs are a table, a line each.
 """
 
 import argparse
 import json
+import os
 import sys
 import time
 from datetime import UTC, datetime
@@ -12,9 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from ast_dist.errors import run_command
-from ast_dist.track.progress import as_it_is_now, checkpoint_age_s, read_progress, status_text
+from ast_dist.track.progress import (
+    as_it_is_now,
+    checkpoint_age_s,
+    duration,
+    read_progress,
+    status_text,
+    time_left_text,
+)
 
 WATCH_INTERVAL_S = 2.0
+_AGES = {"checkpoint_age_s"}  # they change while nothing happens
 KEYS = "state epoch step best_acc1 last_acc1 sessions restarts total_s eta_s checkpoint".split()
 
 
@@ -23,8 +32,8 @@ def status(run_dir: Path | str) -> dict[str, Any]:
 
     Always has the keys state, epoch (completed), step, best_acc1, last_acc1 (percent), sessions, restarts, total_s,
     eta_s (seconds), checkpoint; None is unknown or not there yet. state is running, finished, paused, failed, or
-    stopped when progress.json says running but no process holds the run. checkpoint_age_s and what else
-    progress.json holds come with them. Raises UserError when RUN is not a run.
+    stopped when progress.json says running but no process holds the run. checkpoint_age_s and what else progress.json
+    holds (`track/progress.py`) come with them. Raises UserError when RUN is not a run.
     """
     progress = as_it_is_now(run_dir, read_progress(run_dir))
     progress["checkpoint_age_s"] = checkpoint_age_s(progress, datetime.now(UTC))
@@ -32,32 +41,57 @@ def status(run_dir: Path | str) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    """Print a run's status; with --watch, again whenever it changes, until the run is finished, paused or failed."""
+    """Print the runs' status; with --watch, again whenever it changes, until all are finished, paused or failed."""
     parser = argparse.ArgumentParser(prog="python -m ast_dist.status", description="Tell where a run stands.")
-    parser.add_argument("run", help="the run's folder, as --run-dir named it")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, as --run-dir named it")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line instead of text")
     parser.add_argument("--watch", action="store_true", help=f"look every {WATCH_INTERVAL_S:g} s until it is over")
     arguments = parser.parse_args(argv)
-    in_place = arguments.watch and not arguments.json and sys.stdout.isatty()
-    shown: dict[str, Any] = {}
+    has_screen = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
+    in_place = arguments.watch and not arguments.json and has_screen
+    shown: dict[str, dict[str, Any]] = {}
     while True:
-        now = status(arguments.run)
-        settled = {key: value for key, value in now.items() if key != "checkpoint_age_s"}
+        now = {run: status(run) for run in arguments.runs}
+        settled = {run: {key: value for key, value in found.items() if key not in _AGES} for run, found in now.items()}
         if settled != shown or in_place:
-            show(now, as_json=arguments.json, in_place=in_place)
+            changed = [found for run, found in now.items() if settled[run] != shown.get(run)]
+            show(changed if arguments.json else list(now.values()), as_json=arguments.json, in_place=in_place)
             shown = settled
         # "stopped" is watched on: between a killed worker and its restart nobody holds the run.
-        if not arguments.watch or now["state"] not in ("running", "stopped"):
+        if not arguments.watch or not any(found["state"] in ("running", "stopped") for found in now.values()):
             return 0
         time.sleep(WATCH_INTERVAL_S)
 
 
-def show(progress: dict[str, Any], as_json: bool, in_place: bool) -> None:
+def show(runs: list[dict[str, Any]], as_json: bool, in_place: bool) -> None:
     """Print the status once; in place of what stands on the terminal where asked."""
-    text = json.dumps(progress, ensure_ascii=False) + "\n" if as_json else status_text(progress, datetime.now(UTC))
+    if as_json:
+        text = "".join(json.dumps(progress, ensure_ascii=False) + "\n" for progress in runs)
+    elif len(runs) == 1:
+        text = status_text(runs[0], datetime.now(UTC))
+    else:
+        text = table(runs)
     if in_place:
-        text = "\x1b[H\x1b[2J" + text
+        # Each line is cleared behind its text, and the rest below: a screen that was cleared first would flicker.
+        text = "\x1b[H" + text.replace("\n", "\x1b[K\n") + "\x1b[J"
     print(text, end="", flush=True)
+
+
+def table(runs: list[dict[str, Any]]) -> str:
+    """One line a run, in columns, below their names."""
+    rows = [("run", "state", "epoch", "step", "best top-1", "spent", "left", "sessions", "warnings")]
+    for run in runs:
+        best = "-" if run["best_acc1"] is None else f"{run['best_acc1']:.2f} %"
+        count = "-" if run["epoch"] is None else f"{run['epoch']}/{run.get('epochs', '-')}"
+        step = "-" if run["step"] is None else f"{run['step']:,}"
+        left = time_left_text(run).replace(" left", "") or "-"
+        told = (run["sessions"], run.get("warnings"))
+        sessions, warned = ("-" if value is None else str(value) for value in told)
+        where = str(run.get("run_dir", "-"))
+        rows.append((where, str(run["state"]), count, step, best, duration(run["total_s"]), left, sessions, warned))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "".join(f"{line}\n" for line in lines)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from ast_dist.data.pixel_kernels import erase
 from ast_dist.distributed import World
 from ast_dist.gate.cost import SampleFlops, count_flops
 from ast_dist.gate.significance import significance
+from ast_dist.meters import AccuracyOfAll, Meters
 from ast_dist.micro_batches import micro_batches
 from ast_dist.mixing import Mix, pair
 from ast_dist.model import Normalize, build_optimizer
@@ -34,31 +34,6 @@ NUM_VOTES = 5
 _MOST_OVERFLOWS = 20
 
 
-@dataclass
-class Meters:
-    """Sums over the samples trained since the last reset, on this rank's device.
-
-    loss: float64, nats. correct, active: int64. A mixed row is correct where it has the label of its larger share.
-    Steps that were skipped because they were not finite are left out.
-    """
-
-    loss: Tensor
-    correct: Tensor
-    active: Tensor
-
-    @classmethod
-    def zero(cls, device: torch.device) -> "Meters":
-        """Meters that have seen nothing."""
-        integers = torch.zeros(2, dtype=torch.int64, device=device)
-        return cls(torch.zeros((), dtype=torch.float64, device=device), integers[0], integers[1])
-
-    def read(self, world: World) -> tuple[float, float] | None:
-        """Mean loss (nats) and top-1 (percent) over all ranks; None where nothing was trained. Waits for the device."""
-        correct, active = world.sum(torch.stack([self.correct, self.active])).tolist()
-        loss = world.sum(self.loss.clone()).item()
-        return (loss / active, 100.0 * correct / active) if active else None
-
-
 class TrainStep:
     """The model, its optimizer, and the step that trains them.
 
@@ -68,7 +43,8 @@ class TrainStep:
     they were before it, on every rank alike, since the gradient is the same on all.
 
     Attributes: module (the bare model), optimizer, average (of its weights, or None), scaler, normalize, flops (of one
-    sample), meters, nonfinite (steps that were not finite since this rank last voted, int64 scalar on the device).
+    sample), meters, accuracy (on all of an epoch's samples), nonfinite (steps that were not finite since this rank last
+    voted, int64 scalar on the device).
     """
 
     def __init__(self, module: nn.Module, config: Config, world: World, score: Score = significance) -> None:
@@ -81,6 +57,7 @@ class TrainStep:
         self.average = Average(self.module, config.optim.ema_decay) if config.optim.ema_decay else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.loop.precision == "fp16")
         self.meters = Meters.zero(world.device)
+        self.accuracy = AccuracyOfAll(world.device)
         self._overflows = torch.zeros((), dtype=torch.int64, device=world.device)
         self.nonfinite = torch.zeros((), dtype=torch.int64, device=world.device)
         self._model: nn.Module = self.module
@@ -138,7 +115,7 @@ class TrainStep:
             group["lr"] = lr
         # Autocast would round the same numbers at the first convolution; blends are made in full precision before it.
         dtype = torch.float32 if mix else TRAINING_DTYPES[self.config.loop.precision]
-        images, other_labels = self._inputs(batch, dtype), batch.labels
+        images, other_labels, partners = self._inputs(batch, dtype), batch.labels, None
         if mix:
             partners = pair(batch.is_active)
             images, other_labels = mix.images(images, partners), batch.labels[partners]
@@ -166,8 +143,10 @@ class TrainStep:
             if self.average:
                 self.average.update()
             own_logits, own_losses = torch.cat(logits)[: len(images)], torch.cat(losses)[: len(images)]
-            labels = other_labels if mix and mix.own_share < 0.5 else batch.labels
-            self._measure(own_logits, labels, batch.is_active & is_finite, own_losses)
+            labels, chances = batch.labels, batch.chances
+            if mix and mix.own_share < 0.5:
+                labels, chances = other_labels, chances if chances is None else chances[partners]
+            self._measure(own_logits, labels, batch.is_active & is_finite, own_losses, chances)
             return self.score(own_logits, batch.labels)
 
     @torch.no_grad()
@@ -190,6 +169,7 @@ class TrainStep:
                 )
         finally:
             self.module.train()
+        self.accuracy.add(output.argmax(dim=1) == batch.labels, batch.is_active, None)
         return self.score(output.float(), batch.labels).float()
 
     def _inputs(self, batch: Batch, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -257,11 +237,12 @@ class TrainStep:
         optimizer.zero_grad()
         return is_finite
 
-    def _measure(self, logits: Tensor, labels: Tensor, counts: Tensor, losses: Tensor) -> None:
+    def _measure(self, logits: Tensor, labels: Tensor, counts: Tensor, losses: Tensor, chances: Tensor | None) -> None:
         is_correct = logits.argmax(dim=1) == labels
         self.meters.loss += torch.where(counts, losses, 0.0).sum(dtype=torch.float64)
         self.meters.correct += (is_correct & counts).sum()
         self.meters.active += counts.sum()
+        self.accuracy.add(is_correct, counts, chances)
 
     def _empty_images(self) -> Tensor:
         size = self.config.data.image_size

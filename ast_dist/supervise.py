@@ -31,6 +31,7 @@ from ast_dist.errors import UserError, require, run_command
 from ast_dist.fault.deadline import BEGAN_VARIABLE
 from ast_dist.fault.guard import adopt_orphans, die_with_parent, heeded_signals
 from ast_dist.fault.lease import steps_done
+from ast_dist.track.command import typed_command
 from ast_dist.track.progress import PROGRESS_NAME, read_progress
 
 _POLL_S = 0.05
@@ -164,6 +165,8 @@ class Supervisor:
             environment.setdefault(BEGAN_VARIABLE, f"{time.time():.3f}")
             launch = f"supervised {socket.gethostname()} {os.getpid()} {time.time():.3f}"
             environment.setdefault(outcome_file.LAUNCH_VARIABLE, launch)
+            if command := typed_command():
+                environment[outcome_file.COMMAND_VARIABLE] = command
             workers = Workers(outcomes)
             while True:
                 code = self._run_agent(workers, environment)

@@ -1,10 +1,10 @@
-"""Train: `python -m ast_dist.train …`, alone or under torchrun."""
+"""Train: `python -m ast_dist.train …`, alone or under torchrun, or `ast_dist.train(…)` from Python."""
 
 import dataclasses
 import os
 
 from ast_dist import outcome_file
-from ast_dist.fault.guard import DEADLINE, die_with_parent, signal_comes, why_stopped
+from ast_dist.fault.guard import DEADLINE, STOP_SIGNALS, die_with_parent, signal_comes, why_stopped
 
 if "TORCHELASTIC_RUN_ID" in os.environ:
     # Before torch is imported, which takes seconds: an agent that is killed meanwhile must not leave orphans, either.
@@ -13,12 +13,14 @@ if "TORCHELASTIC_RUN_ID" in os.environ:
 import contextlib
 import signal
 import sys
+import threading
+import types
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -26,7 +28,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from ast_dist import run_dir as run_folder
 from ast_dist import startup
 from ast_dist.allocator import keep_freed_memory
-from ast_dist.command_line import parse
+from ast_dist.command_line import parse, to_argv
 from ast_dist.config import Config
 from ast_dist.data.index import Index
 from ast_dist.data.remote import RemoteError, open_index
@@ -36,10 +38,93 @@ from ast_dist.fault.lease import Lease
 from ast_dist.fault.nonfinite import RollBack
 from ast_dist.model import build_model
 from ast_dist.preflight import check_callbacks, check_data, print_dry_run, with_block_shards
+from ast_dist.track.progress import read_progress
 from ast_dist.trainer import Trainer
 
 # Signals reach the hosts of a job within a second or two of each other.
 _PEER_PATIENCE_S = 3.0
+
+
+def train(**settings: Any) -> dict[str, Any]:
+    """Train in this process, or go on where the run stopped, and return how it ended.
+
+        ended = ast_dist.train(
+            preset="digits", run_dir="runs/1",
+            data={"train": "shards/train", "val": "shards/val"}, gate={"target_rate": 0.4},
+        )
+        print(ended["state"], ended["best_acc1"])
+
+    settings: those of the command line under the same names: `--gate.target-rate 0.4` is `gate={"target_rate": 0.4}`,
+    `--quiet` is `quiet=True`. run_dir and data are needed; `preset` and `config` (a YAML file) come first, and what is
+    given here wins. The same call again resumes; `resume="never"` moves the old run aside.
+
+    Returns what progress.json holds at the end: state ("finished", or "paused" at session.hours), epoch and step (those
+    done), best_acc1 and last_acc1 (percent, None where never evaluated), sessions, restarts, total_s (seconds spent),
+    eta_s (seconds left), checkpoint (its name in run_dir/checkpoints), message, and more; {} after `dry_run=True`.
+
+    Raises UserError, a ValueError of one line, for what you can mend: an unknown setting, a value out of range, data
+    that are not there, a folder of another run; nothing on disk is changed then. RuntimeError where the run stopped and
+    could not be saved. Other errors as they come; what was saved stays.
+
+    Signals: called in the main thread, SIGINT, SIGTERM, SIGHUP, SIGQUIT and SIGUSR1 save first and then do what they
+    did before, so Ctrl-C raises KeyboardInterrupt once the run is saved. In other threads signals are left alone, and
+    only session.hours, which counts from the start of the process, stops a run early. A step that hangs
+    (fault.watchdog_s) ends the whole process. One call at a time; a process group of your own must be closed before.
+    Under torchrun, call it in every process.
+    """
+    if torch.distributed.is_initialized():
+        raise UserError(
+            "ast_dist.train() makes a process group of its own, but this process is in one already: another training, "
+            "or one of your own, which torch.distributed.destroy_process_group() closes. Train one after the other."
+        )
+    argv = to_argv(settings)
+    with _process_as_before():
+        try:
+            code = main(argv)
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    config = parse(argv)
+    if config.dry_run:
+        return {}
+    ended = read_progress(config.run_dir)
+    if code:
+        raise RuntimeError(f"{config.run_dir}: {ended['state']}: {ended['message']}")
+    reason = str(ended["message"]).partition(":")[0]
+    was_signalled = ended["state"] == "paused" and reason in {number.name for number in STOP_SIGNALS}
+    if was_signalled and threading.current_thread() is threading.main_thread():
+        signal.raise_signal(signal.Signals[reason])
+    return ended
+
+
+@contextlib.contextmanager
+def _process_as_before() -> Iterator[None]:
+    """Give back what a training sets for its whole process, and torch's random state, which it seeds."""
+    shown = warnings.formatwarning
+    benchmark, is_strict = torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            warnings.formatwarning = shown
+            torch.backends.cudnn.benchmark = benchmark
+            torch.use_deterministic_algorithms(is_strict)
+
+
+class _CallableModule(types.ModuleType):
+    """`ast_dist.train` is this module, which `python -m ast_dist.train` runs, and the function that a script calls.
+
+    Importing a submodule makes it an attribute of its package, whatever stood there before: of a function and a module
+    of one name, only the module can last. Python lets a module have a class of its own (the data model's "Customizing
+    module attribute access"), and this one can be called.
+    """
+
+    def __call__(self, **settings: Any) -> dict[str, Any]:
+        return train(**settings)
+
+
+_CallableModule.__call__.__doc__ = train.__doc__
+sys.modules[__name__].__class__ = _CallableModule
 
 
 def main(argv: Sequence[str]) -> int:
@@ -170,7 +255,8 @@ def attempt(
             raise
         finally:
             trainer.checkpoints.abandon(2 if needs_person else 1)
-            trainer.reports.progress(trainer.checkpoints.latest, trainer.checkpoints.verified_at)
+            saved = (trainer.checkpoints.latest, trainer.checkpoints.verified_at)
+            trainer.reports.progress(*saved, session_is_over=True)
             if trainer.reports.tracker:
                 # Somebody who asked to stop is waiting: the last picture is not worth the grace.
                 timeout_s = min(30.0 if outcome == "finished" else 5.0, trainer.guard.left_s)

@@ -38,8 +38,11 @@ from ast_dist.fault.watchdog import Watchdog
 from ast_dist.gate.cost import Ledger
 from ast_dist.gate.policy import Policy, PolicySetup, RememberingPolicy, checked_plan
 from ast_dist.gate.registry import make_policy
+from ast_dist.joules import Joules
 from ast_dist.mixing import Mixer
 from ast_dist.model import build_model, lr_at
+from ast_dist.peak_flops import peak_of_world
+from ast_dist.preflight import check_decoders
 from ast_dist.reports import Reports
 from ast_dist.resources import Resources, open_meter
 from ast_dist.saves import Saves
@@ -68,19 +71,18 @@ class Trainer:
     ) -> None:
         self.config = config
         self.world = world
-        self.policy: Policy = make_policy(
-            dataclasses.replace(
-                PolicySetup.of_run(config, train.num_samples, train.label),
-                rank=world.rank,
-                world_size=world.size,
-                all_reduce=world.sum,
-                gather=world.gather_rows,
-            )
-        )
+        # First: until the model is there, nothing of ours runs on a GPU, and what it draws is its idle power.
+        meter = open_meter(world.device)
+        setup = PolicySetup.of_run(config, train.num_samples, train.label)
+        setup = dataclasses.replace(setup, rank=world.rank, world_size=world.size)
+        setup = dataclasses.replace(setup, all_reduce=world.sum, gather=world.gather_rows)
+        self.policy: Policy = make_policy(setup)
         # A policy may have fewer epochs than full training: the schedule is its own.
         self.epochs = self.policy.epochs
         torch.manual_seed(hash_key(STREAM_INIT, config.seed))
-        self.step = TrainStep(build_model(config.model, num_classes), config, world, self.policy.score)
+        model = build_model(config.model, num_classes)
+        joules = Joules(world, meter)
+        self.step = TrainStep(model, config, world, self.policy.score)
         # Ranks draw apart from here on (dropout); what they must agree on is drawn from counters.
         torch.manual_seed(hash_key(STREAM_INIT, config.seed, 1 + world.rank))
         self.loader = Loader(train, config.data, world.rank, world.size, world.local_size, world.device)
@@ -95,7 +97,7 @@ class Trainer:
         self.state.candidates = self.candidates
         self.state.average = self.step.average
         self.ledger = Ledger()
-        self.resources = Resources(self.loader, world, open_meter(world.device))
+        self.resources = Resources(self.loader, world, joules)
         saving = config.checkpoint
         self.checkpoints = Checkpoints(
             run_folder.checkpoints_path(Path(config.run_dir)), world, saving.keep_last, saving.keep_every_h
@@ -104,16 +106,11 @@ class Trainer:
         peers = local_peers(world.rank, world.gather)
         self.guard = Guard(config.checkpoint.grace_s, self.deadline, peers)
         floor_s = config.fault.watchdog_s
-        if floor_s > 0 and train.is_remote:
-            floor_s = max(floor_s, _FETCH_S)
-        self.watchdog = Watchdog(floor_s, world.rank, peers)
+        fetch_s = _FETCH_S if floor_s > 0 and train.is_remote else 0.0
+        self.watchdog = Watchdog(max(floor_s, fetch_s), world.rank, peers)
         # Rank 0's, which alone beats it.
         self.lease: Lease | None = None
-        if len(set(decoders := world.gather(self.loader.decoder.name))) > 1:
-            raise UserError(
-                f"data.decoder {config.data.decoder}: the processes would decode by {', '.join(decoders)} (in order of "
-                "rank), whose pixels and damage may differ. Install DALI on every host, or use --data.decoder torch."
-            )
+        check_decoders(config.data.decoder, world.gather(self.loader.decoder.name))
         self.val_damage = DamageLog(config.data.damaged_limit, val.num_samples, val.location, world)
         self.damage = DamageLog(config.data.damaged_limit, train.num_samples, train.location, world)
         self.lagged = LaggedRead()
@@ -126,9 +123,9 @@ class Trainer:
         # What the report of an epoch needs whose evaluation a stop cut short; it is kept with the checkpoint.
         self._unevaluated: dict[str, Any] = {}
         self._evaluated_late_at: int | None = None
-        self.clock = Clock()
+        self.clock = Clock(peak_of_world(world, config.loop.precision))
         told_of = (self.state, self.step, self.policy, self.candidates, self.ledger, self.resources, self.clock)
-        self.reports = Reports(config, world, *told_of)
+        self.reports = Reports(config, world, *told_of, self.deadline)
         self.evaluate = Evaluator(config.loop, world, self.val_loader, self.step, self.state, self.reports)
         self.saves = Saves(saving, self.checkpoints, self.nonfinite, self.deadline, self.clock, self.reports)
 
@@ -149,6 +146,7 @@ class Trainer:
                 with self.watchdog.paused():
                     state.plan = self._plan()
             num_steps = state.plan.num_steps(self.config.loop.global_batch_size)
+            self.resources.joules.enter("train")
             for batch in self.clock.waiting(self._batches(state.plan)):
                 self._train(batch, num_steps)
                 if state.step_in_epoch == num_steps:
@@ -177,6 +175,7 @@ class Trainer:
         self.ledger.load(self.state.counts)
         self._read_candidates()
         self.resources.load(self.state.session.get("resources", {}))
+        self.step.accuracy.load(self.state.session.get("accuracy_of_all", [0, 0]), self.world)
         self._unevaluated = self.state.session.get("unevaluated", {})
         if checkpoint.name.endswith(_EVALUATED):
             self._evaluated_late_at = self.state.global_step
@@ -311,6 +310,7 @@ class Trainer:
         ledger.forwarded += trained
         ledger.backwarded += trained
         ledger.scored += scored
+        self.clock.computed(trained * self.step.flops.step + scored * self.step.flops.scoring)
         assert state.plan is not None
         in_plan = len(state.plan.ids)
         consumed = min(state.step_in_epoch * self.config.loop.global_batch_size, in_plan)
@@ -348,7 +348,8 @@ class Trainer:
         self._count(self.candidates.drain(lr, state.epoch), 0)
         self.damage.epoch_done()
         self.policy.merge(state.epoch)
-        report = self.reports.gate() | self.clock.epoch_trained()
+        self.resources.joules.enter(None)
+        report = self.reports.gate() | self.clock.epoch_trained() | self.reports.accuracy(plan)
         self.candidates.epoch_done()
         if self.mixer.is_on and isinstance(self.policy, RememberingPolicy) and not self._is_scored:
             share = self.mixer.whole_share(state.epoch, len(plan.ids), loop.global_batch_size)
@@ -373,6 +374,7 @@ class Trainer:
             try:
                 if self._wants_stop:
                     raise StopAskedError
+                self.resources.joules.enter("eval")
                 scores = self.evaluate(self.val_damage, ballot)
             except StopAskedError:
                 self._wants_stop = True
@@ -381,6 +383,8 @@ class Trainer:
                 self._unevaluated = {"planned": planned, "trained": plain}
                 self.save(at_all_costs=True)
                 return False
+            finally:
+                self.resources.joules.enter(None)
         if is_late:
             self._evaluated_late_at = state.global_step
         self.reports.epoch(planned, trained, scores)

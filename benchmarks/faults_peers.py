@@ -115,14 +115,19 @@ def torchvision_tool() -> Tool:
 
 
 def lightning_tool(every_s: float) -> Tool:
-    """Lightning with ModelCheckpoint and ckpt_path="last", started again by torchrun. every_s: 0 is its default."""
+    """Lightning with ModelCheckpoint and ckpt_path="last", started again by torchrun. every_s: 0 is its default.
+
+    With torchrun's defaults its restarted ranks read the addresses that the killed ones left in the store, and hang in
+    gloo's connect until the time-out of half an hour (pytorch#135712): it gets a store of its own for each attempt.
+    """
 
     def command(training: Training, run_dir: Path, epochs: int) -> list[str]:
         words = _words("benchmarks.faults_lightning", training, run_dir, epochs, every_s)
         return [*torchrun(training.processes, 1_000_000), *words]
 
     saves = f"every {every_s:g} s" if every_s else "once an epoch"
-    return Tool("Lightning", command, False, saves, "checkpoints/last.ckpt")
+    own_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    return Tool("Lightning", command, False, saves, "checkpoints/last.ckpt", own_store)
 
 
 def argv() -> list[str]:

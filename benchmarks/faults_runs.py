@@ -11,8 +11,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,7 +52,7 @@ class Tool:
 
     name: as the tables say it. command: (training, run directory, epochs) → the words behind `python`. by_hand: nobody
     but a person starts it again once it has ended. saves: when, in words. saved: a file or folder in the run directory
-    that stands once something can be resumed.
+    that stands once something can be resumed. variables: of its environment, beside the machine's.
     """
 
     name: str
@@ -60,6 +60,7 @@ class Tool:
     by_hand: bool
     saves: str
     saved: str
+    variables: Mapping[str, str] = field(default_factory=dict)
 
 
 class Job:
@@ -173,7 +174,7 @@ class Job:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "MASTER_")) and k != "RANK"}
-        env = {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        env = {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **self.tool.variables}
         with self._log.open("ab") as log:
             return subprocess.Popen(
                 self._command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True

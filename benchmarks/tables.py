@@ -11,7 +11,7 @@ With --check nothing is written, and the exit code is 1 when a table does not sh
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +87,7 @@ def render(table: Table, content: Mapping[str, Any]) -> str:
     rule = "|".join(
         f" {'-' * (width - 1)}: " if right else f" {'-' * width} " for width, right in _pairs(widths, is_number)
     )
-    return "\n".join([lines[0], f"|{rule}|", *lines[1:], "", _source(content)])
+    return "\n".join([lines[0], f"|{rule}|", *lines[1:], "", _source(content, rows)])
 
 
 def render_all(content: Mapping[str, Any]) -> str:
@@ -135,11 +135,15 @@ def _row(cells: list[str], widths: list[int], is_number: list[bool]) -> str:
     return f"|{'|'.join(shown)}|"
 
 
-def _source(content: Mapping[str, Any]) -> str:
+def _source(content: Mapping[str, Any], rows: Iterable[Mapping[str, Any]]) -> str:
+    """Where the figures are from; rows that were kept from an earlier run name their own date, commit and command."""
     machine, versions = content["machine"], content["versions"]
     device = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
-    commit = f", commit {content['commit']}" if content["commit"] else ""
-    return f"{device}, torch {versions['torch']}, {content['date'][:10]}{commit}: `{content['command']}`"
+    runs = {}
+    for about in ({**content, **row} for row in rows):
+        commit = f", commit {about['commit']}" if about["commit"] else ""
+        runs[f"{about['date'][:10]}{commit}: `{about['command']}`"] = None
+    return f"{device}, torch {versions['torch']}, {'; '.join(runs)}"
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@
 #                              kills them after 30 s. Older versions know no such setting.
 #   OMP_NUM_THREADS=1          Unless set: more threads than cores only slow down, and change the order of sums.
 #   AST_DIST_AGENT_PID         Tells workers whose death is their own, too.
+#   AST_DIST_COMMAND           This very command, for the run's last words; launch/supervise says its own.
 #   AST_DIST_LAUNCH (several hosts)
 #                              One job to --resume, however many of its hosts are left.
 set -euo pipefail
@@ -49,6 +50,7 @@ refuse() {
   exit 2
 }
 
+printf -v typed '%q ' "$0" "$@"
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [[ -z "${PYTHON:-}" ]]; then
   PYTHON=python3
@@ -130,6 +132,7 @@ if grep -q -e '--shutdown-timeout' "$run_py"; then
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export AST_DIST_AGENT_PID=$$
+export AST_DIST_COMMAND="${AST_DIST_COMMAND:-${typed% }}"
 # exec: whoever watches this process watches the agent.
 exec "$PYTHON" -m torch.distributed.run --monitor-interval=0.2 "--max-restarts=$max_restarts" "--nnodes=$nnodes" \
   "--nproc-per-node=$nproc" "${options[@]}" "$@"

@@ -156,6 +156,17 @@ def test_tables_come_from_the_results_and_nothing_else_changes(shown):
     assert "Some GPU, torch 2.11, 2026-01-02, commit abc: `python -m benchmarks.gpu`" in text
 
 
+def test_rows_kept_from_an_earlier_run_name_its_commit_and_command(shown):
+    readme, results = shown
+    content = json.loads((results / "gpu.json").read_text())
+    earlier = {**content["rows"][0], "commit": "0123abc", "command": "python -m benchmarks.gpu --earlier"}
+    (results / "gpu.json").write_text(json.dumps({**content, "rows": [earlier, *content["rows"]]}))
+    make_tables(readme, results)
+    [line] = [line for line in readme.read_text().splitlines() if "--earlier" in line]
+    assert "commit 0123abc: `python -m benchmarks.gpu --earlier`; " in line
+    assert line.endswith(f"`{content['command']}`")
+
+
 def test_check_fails_exactly_while_readme_is_out_of_date(shown):
     readme, results = shown
     assert make_tables(*shown, "--check") == 1

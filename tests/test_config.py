@@ -307,3 +307,9 @@ def test_other_errors_are_not_swallowed():
 
     with pytest.raises(ZeroDivisionError):
         run_command(fail, [])
+
+
+def test_quiet_is_short_for_the_trackers_quiet_and_the_last_word_wins() -> None:
+    assert on_the_command_line("--quiet").track.quiet
+    assert not on_the_command_line("--quiet", "--track.no-quiet").track.quiet
+    assert not on_the_command_line("--track.quiet", "--no-quiet").track.quiet

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from ast_dist import doctor
+from tests.training import write_shards
 
 REAL_CHECKS = ["Python", "torch", "torchvision", "decoders", "gloo", "CUDA"]
 LATER_CHECKS = ["DALI", "webdataset", "wandb", "disk", "shared memory", "CPU"]
@@ -35,12 +36,17 @@ def write_stand_in(folder: Path, package: str, body: str) -> str:
     return before_site_packages(folder)
 
 
-def test_this_machine_passes_every_check():
-    ended = run_doctor("--json")
+def test_this_machine_passes_every_check_and_so_do_sound_data_and_a_run_that_is_to_be(tmp_path):
+    shards, run_dir = write_shards(tmp_path / "shards"), tmp_path / "runs" / "1"
+    ended = run_doctor("--json", "--data", str(shards), "--data", str(shards / "val"), "--run-dir", str(run_dir))
     assert ended.returncode == 0, ended.stdout + ended.stderr
     document = json.loads(ended.stdout)
     assert document["ok"] is True
-    assert [check["name"] for check in document["checks"] if check["name"] != "nccl"] == REAL_CHECKS + LATER_CHECKS
+    said = ["run dir" if name == "disk" else name for name in LATER_CHECKS]
+    names = [*REAL_CHECKS, *said[:3], "data", "data", "data", *said[3:]]
+    assert [check["name"] for check in document["checks"] if check["name"] != "nccl"] == names
+    assert f"GB free in {tmp_path}" in find(ended, "run dir")["detail"]
+    assert not run_dir.parent.exists(), "looking changes nothing"
 
 
 def test_the_nms_trap_is_named_with_its_remedy_and_the_rest_is_still_checked(tmp_path):

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -139,3 +140,18 @@ def test_a_worker_dies_with_its_parent() -> None:
     deadline = time.monotonic() + PATIENCE_S
     while not is_gone():
         assert time.monotonic() < deadline, f"process {child} lives on without its parent"
+
+
+def test_in_another_thread_signals_stay_as_they_are_and_the_deadline_counts() -> None:
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    seen: list[object] = []
+
+    def guard_there() -> None:
+        guard = Guard(grace_s=60, deadline=Deadline(session_s=1.0, age_s=2.0))
+        seen.extend([[signal.getsignal(number) for number in STOP_SIGNALS], guard.wants_stop, guard.reason])
+        guard.close()
+
+    thread = threading.Thread(target=guard_there)
+    thread.start()
+    thread.join()
+    assert seen == [before, True, "deadline"]

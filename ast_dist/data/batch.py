@@ -20,7 +20,8 @@ class Batch:
     is_active: (n,) bool; False marks rows that must not train: padding (id -1) and damaged samples. planned: samples
     of the global batch over all ranks. damaged: what failed, by message. ready: what a GPU's stream must wait for
     before it uses images that were decoded there. erased: (n, 4) int64 boxes (top, left, height, width) that become the
-    mean once the images are normalised, or None.
+    mean once the images are normalised, or None. chances: (n,) float32, with which the samples were selected, 1 for
+    padding; None where all were with the same chance, or nobody knows.
     """
 
     step: int
@@ -33,12 +34,13 @@ class Batch:
     damaged: list[str] = field(default_factory=list)
     ready: "torch.cuda.Event | None" = None
     erased: Tensor | None = None
+    chances: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """Copy to a device without waiting for it."""
         if device.type == "cpu":
             return self
-        names = ("ids", "images", "labels", "weights", "is_active", "erased")
+        names = ("ids", "images", "labels", "weights", "is_active", "erased", "chances")
         moved: dict[str, Any] = {
             name: upload(value, device) for name in names if (value := getattr(self, name)) is not None
         }

@@ -92,10 +92,11 @@ class Loader:
         def start(step: int) -> _Pending:
             ids = step_ids(plan.ids, step, global_batch_size)
             weights = None if plan.weights is None else step_ids(plan.weights, step, global_batch_size)
+            chances = step_ids(plan.chances, step, global_batch_size) if isinstance(plan.chances, np.ndarray) else None
             last = (step + 1) * global_batch_size
             ahead = plan.ids[last : last + _AHEAD_SAMPLES] if self.index.is_remote else None
             size = image_size(step) if image_size else self.config.image_size
-            return self._start(step, ids, weights, crops, size, ahead, step == start_step)
+            return self._start(step, ids, weights, chances, crops, size, ahead, step == start_step)
 
         return self._prefetched(map(start, range(start_step, plan.num_steps(global_batch_size))))
 
@@ -111,7 +112,8 @@ class Loader:
             first = step * global_batch_size
             last = min(first + global_batch_size, count)
             ahead = np.arange(last, min(last + _AHEAD_SAMPLES, count)) if self.index.is_remote else None
-            return self._start(step, np.arange(first, last), None, crops, self.config.image_size, ahead, step == 0)
+            ids, size = np.arange(first, last), self.config.image_size
+            return self._start(step, ids, None, None, crops, size, ahead, step == 0)
 
         return self._prefetched(map(start, range(-(-count // global_batch_size))))
 
@@ -142,6 +144,7 @@ class Loader:
         step: int,
         global_ids: np.ndarray,
         global_weights: np.ndarray | None,
+        global_chances: np.ndarray | None,
         crops: _Crops,
         size: int,
         ahead: np.ndarray | None,
@@ -166,6 +169,9 @@ class Loader:
         batch.weights[: len(ids)] = 1.0
         if global_weights is not None:
             batch.weights[: len(ids)] = torch.from_numpy(rank_share(global_weights, self.rank, self.world_size))
+        if global_chances is not None:
+            batch.chances = torch.ones(rows, dtype=torch.float32)
+            batch.chances[: len(ids)] = torch.from_numpy(rank_share(global_chances, self.rank, self.world_size))
         # As few parts as keep all threads at work, since each costs; the first batch is waited for, and shared by all.
         share = self.threads if is_first else -(-self.threads // self.config.prefetch_batches)
         chunk = min(_MOST_ROWS, -(-len(ids) // share)) or 1

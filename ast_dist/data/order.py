@@ -121,15 +121,23 @@ class Plan:
     """The samples that an epoch trains on, in order.
 
     ids: (P,) int64 sample ids, each at most once; a BlockOrder stands for itself, whole. weights: (P,) float32 loss
-    weights, or None for all ones.
+    weights, or None for all ones. chances: (P,) float32 in (0, 1], with which each sample was selected, or one number
+    where all were with the same; 0 marks samples that were added for another reason than a draw, and that no estimate
+    counts. None where they are not known, as when some samples had no chance at all.
+
+    Chances change nothing of what is trained: they serve to estimate what the samples left out would have shown.
     """
 
     ids: np.ndarray | BlockOrder
     weights: np.ndarray | None = None
+    chances: np.ndarray | float | None = None
 
     @property
     def id(self) -> str:
-        """SHA-256 (hex, 16 digits) of ids and weights: ranks and restarts that train one plan show one id."""
+        """SHA-256 (hex, 16 digits) of ids and weights: ranks and restarts that train one plan show one id.
+
+        Chances are left out: no weight of the model depends on them.
+        """
         if isinstance(self.ids, BlockOrder) and self.weights is None:
             return self.ids.id
         digest = hashlib.sha256(np.ascontiguousarray(self.ids).tobytes())
@@ -149,13 +157,22 @@ class Plan:
         return np.packbits(is_planned)
 
     @classmethod
-    def from_bits(cls, bits: np.ndarray, order: np.ndarray | BlockOrder, weights: np.ndarray | None = None) -> "Plan":
-        """The plan whose `bits` these are. order: (num_samples,) the epoch's order. weights: (P,) in that order."""
+    def from_bits(
+        cls,
+        bits: np.ndarray,
+        order: np.ndarray | BlockOrder,
+        weights: np.ndarray | None = None,
+        chances: np.ndarray | float | None = None,
+    ) -> "Plan":
+        """The plan whose `bits` these are.
+
+        order: (num_samples,) the epoch's order. weights, chances: (P,) in that order, as the plan had them.
+        """
         if not len(bits):
-            return cls(order, weights)
+            return cls(order, weights, chances)
         order = np.asarray(order)
         is_planned = np.unpackbits(bits, count=len(order)).astype(bool)
-        return cls(order[is_planned[order]], weights)
+        return cls(order[is_planned[order]], weights, chances)
 
     def num_steps(self, global_batch_size: int) -> int:
         """Steps of this epoch; the last one may be short."""

@@ -28,10 +28,12 @@ class Deadline:
     The margin is learned: three of the slowest recent step (the vote to stop is heard a step late), 2.5 × the slowest
     of the last 8 saves (one may be under way when the last begins), and 10 s to close. Before the first save that is
     taken to last 20 s. What is not measured is 5 % of the session at most, and the margin half of it.
+
+    Attributes: session_s.
     """
 
     def __init__(self, session_s: float, age_s: float = 0.0, clock: Callable[[], float] = time.monotonic) -> None:
-        self._session_s = session_s
+        self.session_s = session_s
         self._clock = clock
         self._ends_at = clock() + session_s - age_s
         self._saves_s: deque[float] = deque(maxlen=_RECENT)
@@ -50,8 +52,8 @@ class Deadline:
         """Seconds before the end at which the session must begin to end."""
         measured_s = _STEPS * self._step_s + _SAVE_FACTOR * max(self._saves_s, default=0.0)
         unmeasured_s = _CLOSE_S + (0.0 if self._saves_s else _DEFAULT_SAVE_S)
-        short_s = min(unmeasured_s, _UNMEASURED_SHARE * self._session_s)
-        return min(measured_s + short_s, _MOST_SHARE * self._session_s)
+        short_s = min(unmeasured_s, _UNMEASURED_SHARE * self.session_s)
+        return min(measured_s + short_s, _MOST_SHARE * self.session_s)
 
     @property
     def left_s(self) -> float:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from ast_dist.fault.deadline import Deadline
 from ast_dist.fault.processes import RankProcess, kill_stopped
@@ -32,7 +33,8 @@ class Guard:
     most: ranks cannot agree on a save any more, and torchrun, which sent the signal because of that, waits.
 
     A Python signal handler does not run while the main thread waits in C++ (a collective whose peer is gone), so the
-    grace is kept by a thread that the wake-up descriptor reaches. Create it in the main thread.
+    grace is kept by a thread that the wake-up descriptor reaches. Only the main thread may take signals: created in
+    another one, it leaves them as they are and knows of the deadline alone.
 
     Attributes: reason ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP", "SIGQUIT", "deadline", or None while there is none).
     """
@@ -44,6 +46,12 @@ class Guard:
         self._peers = peers
         self._first_signal_at: float | None = None
         self._is_closed = threading.Event()
+        self._old_handlers: dict[int, Any] = {}
+        self._heeds_signals = threading.current_thread() is threading.main_thread()
+        if self._heeds_signals:
+            self._take_signals()
+
+    def _take_signals(self) -> None:
         self._read_end, self._write_end = socket.socketpair()
         self._write_end.setblocking(False)
         self._old_wakeup = signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
@@ -68,6 +76,8 @@ class Guard:
     def close(self) -> None:
         """Give the signals back."""
         self._is_closed.set()
+        if not self._heeds_signals:
+            return
         for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._old_wakeup)
@@ -137,13 +147,14 @@ def signal_comes(within_s: float) -> bool:
     return came.is_set()
 
 
-def die_with_parent(ancestor: int | None = None) -> None:
+def die_with_parent(ancestor: int | None = None, number: signal.Signals = signal.SIGKILL) -> None:
     """Ask the kernel to kill this process when its parent dies: a killed agent would leave orphans that train on.
 
     ancestor: the process number of the agent, where it is known: it may have died before the kernel was asked.
+    number: the signal that the kernel sends.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, number)
     if ancestor is not None and ancestor != os.getppid() and not _is_alive(ancestor):
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -115,6 +116,9 @@ class TrainState:
         state: dict[str, Any] = {"id": self.plan.id, "keep": torch.from_numpy(self.plan.bits(self.num_samples))}
         if self.plan.weights is not None:
             state["weights"] = torch.from_numpy(self.plan.weights)
+        chances = self.plan.chances
+        if chances is not None:
+            state["chances"] = torch.from_numpy(chances) if isinstance(chances, np.ndarray) else chances
         return state
 
     def _restore_plan(self, state: dict[str, Any]) -> Plan | None:
@@ -122,7 +126,9 @@ class TrainState:
             return None
         order = self.orders.of(self.epoch)
         weights = state["weights"].numpy() if "weights" in state else None
-        plan = Plan.from_bits(state["keep"].numpy(), order, weights)
+        chances = state.get("chances")  # older checkpoints have none
+        chances = chances.numpy() if isinstance(chances, Tensor) else chances
+        plan = Plan.from_bits(state["keep"].numpy(), order, weights, chances)
         if plan.id != state["id"]:
             raise RuntimeError(f"the plan of epoch {self.epoch} is {plan.id}, but the checkpoint trained {state['id']}")
         return plan

@@ -101,7 +101,7 @@ class CheckpointWriter:
                 self._prune()
                 free = self._free_bytes()
             if free < needed:
-                return Ended(flight.name, "refused", self._room(flight))
+                return Ended(flight.name, "refused", f"it needs {needed:,} bytes, but {free:,} are free")
         except LostLeaseError as error:
             return Ended(flight.name, "lost lease", str(error))
         except OSError as error:

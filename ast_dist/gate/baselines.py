@@ -48,7 +48,7 @@ class Short(Policy):
     def plan(self, epoch: int, order: np.ndarray) -> Plan:
         ids = first_of(order, self.target_rate(epoch))
         self._report = {"rate": len(ids) / len(order), "rate_target": self.target_rate(epoch)}
-        return Plan(ids)
+        return Plan(ids, chances=None if ids is order else len(ids) / len(order))
 
 
 class Random(Policy):
@@ -62,7 +62,7 @@ class Random(Policy):
     def plan(self, epoch: int, order: np.ndarray) -> Plan:
         ids = first_of(order, self.config.target_rate)
         self._report = {"rate": len(ids) / len(order), "rate_target": self.config.target_rate}
-        return Plan(ids)
+        return Plan(ids, chances=None if ids is order else len(ids) / len(order))
 
 
 class InfoBatch(RememberingPolicy):
@@ -108,7 +108,8 @@ class InfoBatch(RememberingPolicy):
             "threshold": mean,
             "scores_non_finite": float(self.memory.non_finite),
         }
-        return Plan(ids, weights[ids])
+        chances = np.where(is_below, np.float32(1.0 - ratio), np.float32(1.0))
+        return Plan(ids, weights[ids], chances[ids])
 
     def _is_full(self, epoch: int) -> bool:
         return epoch == 0 or epoch >= math.floor(self.setup.epochs * (1.0 - self.config.infobatch_anneal_share))

@@ -99,6 +99,7 @@ class Policy:
         """What this epoch reads (and trains, unless it is scored first), at least one sample, in the order given.
 
         order: (num_samples,) int64, every sample id once, a random permutation that is the same on every rank.
+        Chances that the plan states give `train/acc1_all`; a policy that knows none leaves it out.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement plan(epoch, order)")
 
@@ -184,7 +185,8 @@ def checked_plan(policy: Policy, epoch: int, order: np.ndarray | BlockOrder) -> 
     """A policy's plan of an epoch, judged before anything is trained by it.
 
     Raises UserError where it is none: no samples, others than those of `order` or in another order, weights that are
-    not one finite number ≥ 0 a sample. A policy of one's own may get that wrong, and a resume could not mend it.
+    not one finite number ≥ 0 a sample, chances that are no numbers in 0 … 1. A policy of one's own may get that wrong,
+    and a resume could not mend it.
     """
     name = f"{type(policy).__name__}.plan of epoch {epoch}"
     if not policy.takes_block_order:
@@ -202,7 +204,7 @@ def checked_plan(policy: Policy, epoch: int, order: np.ndarray | BlockOrder) -> 
         raise UserError(f"{name} raises {described(error)}.") from error
     if not isinstance(plan, Plan):
         raise UserError(f"{name} gives {type(plan).__name__}: give an ast_dist.data.order.Plan.")
-    if plan.ids is order and plan.weights is None:
+    if plan.ids is order and plan.weights is None and plan.chances is None:
         policy.note_planned(1.0, target)
         return plan
     ids = np.asarray(plan.ids)
@@ -213,11 +215,14 @@ def checked_plan(policy: Policy, epoch: int, order: np.ndarray | BlockOrder) -> 
             f"{name} gives {ids.dtype} ids from {ids.min()} to {ids.max()}: give int64 ids in 0 … {len(order) - 1}."
         )
     weights = None if plan.weights is None else np.asarray(plan.weights, dtype=np.float32)
-    plan = Plan(ids, weights)
+    chances = None if plan.chances is None else np.asarray(plan.chances, dtype=np.float32)
+    plan = Plan(ids, weights, float(chances) if chances is not None and not chances.ndim else chances)
     if not np.array_equal(Plan.from_bits(plan.bits(len(order)), order).ids, ids):
         raise UserError(f"{name} changes the order or repeats samples: thin the order it is given, as order[keep].")
     if weights is not None and not (weights.shape == ids.shape and np.isfinite(weights).all() and weights.min() >= 0):
         raise UserError(f"{name}: {ids.shape} ids, weights of shape {weights.shape}; give one finite weight ≥ 0 an id.")
+    if chances is not None and not (chances.shape in ((), ids.shape) and ((chances >= 0) & (chances <= 1)).all()):
+        raise UserError(f"{name}: {ids.shape} ids, chances of shape {chances.shape}; give a number in 0 … 1 an id.")
     policy.note_planned(len(ids) / len(order), target)
     return plan
 

@@ -84,7 +84,8 @@ class Sundew(RememberingPolicy):
         scores = self.hard_tail.guarded(self.memory.significance)
         is_seen = np.isfinite(scores[order])
         chance = uniform(order, STREAM_KEEP, setup.seed, epoch)
-        keep = chance < np.where(is_seen, config.p_min, rate)
+        drawn_with = np.where(is_seen, config.p_min, rate)
+        keep = chance < drawn_with
         is_hard = np.zeros(len(order), dtype=bool)
         report: dict[str, float] = {}
         # A target met by the random share alone leaves no room above the threshold.
@@ -95,8 +96,12 @@ class Sundew(RememberingPolicy):
             counts = histogram(torch.from_numpy(scores[mine]))
             self.threshold.update(setup.all_reduce(counts) if setup.all_reduce else counts)
             dither = torch.from_numpy(uniform(order, STREAM_DITHER, setup.seed, epoch))
-            is_hard = is_seen & self.threshold.keep(torch.from_numpy(scores[order]), dither).numpy()
+            in_order = torch.from_numpy(scores[order])
+            is_hard = is_seen & self.threshold.keep(in_order, dither).numpy()
             keep |= is_hard
+            # Two draws that know nothing of each other: what neither keeps is left out.
+            above = np.where(is_seen, self.threshold.chance(in_order).numpy(), 0.0)
+            drawn_with = 1.0 - (1.0 - above) * (1.0 - drawn_with)
             self.threshold.integrate(float(is_hard[is_seen].mean()))
             report = {
                 "threshold": self.threshold.threshold,
@@ -104,9 +109,10 @@ class Sundew(RememberingPolicy):
                 "error": self.threshold.error,
                 "score_p50": self.threshold.median,
             }
-        keep |= self._owed_to_classes(order, scores[order], keep, rate)
-        if len(order) and not keep.any():
-            keep[np.argmin(chance)] = True  # an epoch without a step would leave nothing to save or to resume from
+        is_added = self._owed_to_classes(order, scores[order], keep, rate)
+        if len(order) and not (keep | is_added).any():
+            is_added[np.argmin(chance)] = True  # an epoch without a step would leave nothing to save or to resume from
+        keep |= is_added
         self._report = {
             "rate": float(keep.mean()) if len(keep) else 0.0,
             "rate_target": rate,
@@ -114,7 +120,11 @@ class Sundew(RememberingPolicy):
             "scores_non_finite": float(self.memory.non_finite),
             "hard_tail": float(self.hard_tail.num_suspects),
         }
-        return Plan(order[keep], self._weights((is_hard | ~is_seen)[keep]))
+        chances = None
+        if len(order) and drawn_with.min() > 0.0:
+            # Samples that the draws kept stand for the added ones, too.
+            chances = np.where(is_added, 0.0, drawn_with).astype(np.float32)[keep]
+        return Plan(order[keep], self._weights((is_hard | ~is_seen)[keep]), chances)
 
     def _weights(self, is_certain: np.ndarray) -> np.ndarray | None:
         """Loss weights of kept samples; None where all are 1. is_certain: those that chance did not decide."""

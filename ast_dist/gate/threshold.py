@@ -232,6 +232,12 @@ class Threshold:
         in_share = (numbers == self._bin) & (dither < self._share_of_bin)
         return (numbers > self._bin) | in_share | ~is_finite
 
+    def chance(self, significance: Tensor) -> Tensor:
+        """Chance with which `keep` keeps each score, over the dither. significance: (N,). Returns (N,) float64."""
+        numbers = self._used.of(significance.nan_to_num(0.0))
+        chance = (numbers > self._bin).double() + (numbers == self._bin) * self._share_of_bin
+        return torch.where(torch.isfinite(significance), chance, 1.0)
+
     def share_kept(self, counts: Tensor) -> float:
         """Expected share of a window's finite scores that `keep` keeps at present; the target where it has none.
 

@@ -1,13 +1,13 @@
 """What a person sees while it trains: live bars on a terminal, one plain line a row anywhere else.
 
-Logs, pipes, TERM=dumb and NO_COLOR get plain ASCII lines without a single escape code. Rows are those of
+Logs, pipes, notebooks, TERM=dumb and NO_COLOR get plain ASCII lines without a single escape code. Rows are those of
 metrics.jsonl; keys that are absent were not measured and show as "-".
 """
 
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, TextIO
 
 from rich.console import Console as RichConsole
@@ -117,6 +117,17 @@ def short_line(row: Row, epochs: int) -> str:
     )
 
 
+def filled(parts: Sequence[str], width: int) -> str:
+    """The parts in as few lines of at most `width` columns as they need; none is cut, and none broken in two."""
+    lines: list[str] = []
+    for part in parts:
+        if lines and len(lines[-1]) + len(part) + 2 <= width:
+            lines[-1] += f"  {part}"
+        else:
+            lines.append(part)
+    return "\n".join(lines)
+
+
 def _data_wait(row: Row) -> str:
     share = row.get("perf/data_wait")
     return "-" if share is None else f"{share * 100:.0f} %"
@@ -142,7 +153,7 @@ def _can_show_bars(stream: TextIO) -> bool:
 
 
 class _Bars:
-    """One bar for the epoch, one for the run, and a line of figures; drawn when a row comes, by no thread."""
+    """One bar for the epoch, one for the run, and the figures; drawn when a row comes, by no thread."""
 
     def __init__(self, epochs: int, stream: TextIO) -> None:
         self._epochs = epochs
@@ -156,7 +167,7 @@ class _Bars:
         )
         self._epoch_bar = self._progress.add_task(f"epoch 1/{epochs}", total=1.0)
         self._run_bar = self._progress.add_task("run", total=float(epochs))
-        self._figures = Text("waiting for the first step", style="dim", no_wrap=True, overflow="ellipsis")
+        self._figures = Text("waiting for the first step", style="dim")
         self._drawn_at = 0.0
         self._live = Live(
             Group(self._progress, self._figures),
@@ -175,15 +186,14 @@ class _Bars:
         self._progress.update(self._epoch_bar, description=f"epoch {current + 1}/{self._epochs}")
         self._progress.update(self._epoch_bar, completed=passes - current)
         self._progress.update(self._run_bar, completed=passes)
-        self._figures = Text(
-            f"rate {_number(row, 'gate/rate', '.2f')}/{_number(row, 'gate/rate_target', '.2f')}"
-            f"  threshold {_number(row, 'gate/threshold', '.3g')}"
-            f"  {_number(row, 'perf/images_per_s', ',.0f')} images/s"
-            f"  data wait {_data_wait(row)}"
-            f"  left {_time_left(row)}",
-            no_wrap=True,
-            overflow="ellipsis",
+        figures = (
+            f"rate {_number(row, 'gate/rate', '.2f')}/{_number(row, 'gate/rate_target', '.2f')}",
+            f"threshold {_number(row, 'gate/threshold', '.3g')}",
+            f"{_number(row, 'perf/images_per_s', ',.0f')} images/s",
+            f"data wait {_data_wait(row)}",
+            f"left {_time_left(row)}",
         )
+        self._figures = Text(filled(figures, self._console.width))
         now = time.monotonic()
         is_due = now - self._drawn_at >= REDRAW_INTERVAL_S
         self._live.update(Group(self._progress, self._figures), refresh=is_due)
@@ -191,6 +201,8 @@ class _Bars:
             self._drawn_at = now
 
     def say(self, text: str, style: str = "") -> None:
+        # rich draws the bars again below the text, but with the figures as last refreshed.
+        self._live.refresh()
         self._console.print(Text(text, style=style), soft_wrap=True)
 
     def close(self) -> None:

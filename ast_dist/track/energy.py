@@ -3,11 +3,26 @@
 Measured or absent, never computed. GPUs before Volta have no energy counter; integrating their power readings would
 be an estimate, so there is no meter for them. The figure is the whole board's, its idle share and other processes on
 it included.
+
+Why not zeus: its ZeusMonitor (zeus 0.16, zeus/monitor/energy.py) reads this same counter, nvmlDeviceGetTotalEnergy-
+Consumption. What it adds are the estimates left out above (power polled by a process of its own on older GPUs,
+power · time for windows shorter than the counter's period), CPU joules that need root, and a wait for the GPU at each
+end of a window, which ours need not: an epoch's last step and an evaluation's last sum have been read by then.
 """
 
 import contextlib
+import time
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
+
+
+@dataclass(frozen=True)
+class Power:
+    """Mean power over a stretch of time. watts: W. seconds: how long it was measured."""
+
+    watts: float
+    seconds: float
 
 
 class GpuMeter:
@@ -21,6 +36,7 @@ class GpuMeter:
         self._nvml = nvml
         self._handle = handle
         self._first_mj: int = nvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+        self._opened_at = time.monotonic()
 
     @classmethod
     def open(cls, uuid: str) -> "GpuMeter | None":
@@ -49,6 +65,12 @@ class GpuMeter:
             return int(self._nvml.nvmlDeviceGetTotalEnergyConsumption(self._handle)) - self._first_mj
         except self._nvml.NVMLError:
             return None
+
+    def power(self) -> Power | None:
+        """Mean power since the meter was opened; None where the counter has not moved, or no longer answers."""
+        joules = (self.millijoules() or 0) / 1000
+        seconds = time.monotonic() - self._opened_at
+        return Power(joules / seconds, seconds) if joules and seconds else None
 
     def close(self) -> None:
         """Let go of NVML."""

@@ -17,6 +17,8 @@ from ast_dist.track.history import plain
 
 PROGRESS_NAME = "progress.json"
 STATUS_NAME = "STATUS.txt"
+# What tells of the time left; None is unknown.
+LEFT_KEYS = ("eta_s", "eta_low_s", "eta_high_s", "sessions_left_low", "sessions_left_high")
 LEASE_NAME = ".lease"  # rank 0 holds an exclusive flock on it as long as it runs
 
 
@@ -24,9 +26,13 @@ def write_progress(run_dir: Path | str, progress: Mapping[str, Any]) -> None:
     """Replace RUN/progress.json and RUN/STATUS.txt.
 
     progress: state (running, finished, paused, failed), epoch (completed), epochs, step, best_acc1 and last_acc1
-    (percent, None before the first evaluation), sessions, restarts, total_s, eta_s, checkpoint, checkpoint_at (ISO
-    time), checkpoint_verified_at (ISO time at which all its files were last read back and agreed with their SHA-256),
-    policy, message. NaN is written as null. `updated_at` is added. Raises OSError when the disk refuses.
+    (percent, None before the first evaluation), sessions, restarts, total_s, eta_s (seconds left), eta_low_s and
+    eta_high_s (its interval, `track/time_left.py`), sessions_left_low and sessions_left_high (sessions that must still
+    be started after the present one; None without session_hours), session_hours, checkpoint, checkpoint_at (ISO time),
+    checkpoint_verified_at (ISO time at which all its files were last read back and agreed with their SHA-256),
+    warnings (how many in this session), last_warning, gpu_joules (None where they are not measured), policy, message.
+    NaN is written as null. `updated_at` is added.
+    Raises OSError when the disk refuses.
     """
     stamped = {**plain(progress), "updated_at": datetime.now(UTC).isoformat(timespec="seconds")}
     text = json.dumps(stamped, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
@@ -94,7 +100,7 @@ def as_it_is_now(run_dir: Path | str, progress: Mapping[str, Any]) -> dict[str, 
     return {
         **progress,
         "state": "stopped",
-        "eta_s": None,
+        **dict.fromkeys(LEFT_KEYS),
         "message": "No process trains here: killed, or about to restart. "
         f"The same command again goes on from {saved or 'the start, since nothing was saved yet'}.",
     }
@@ -107,36 +113,63 @@ def status_text(progress: Mapping[str, Any], now: datetime | None = None) -> str
         value = progress.get(key)
         return "-" if value is None else form.format(value)
 
-    left = progress.get("eta_s")
     saved = known("checkpoint")
-    age_s = checkpoint_age_s(progress, now) if now else None
-    if age_s is not None:
-        saved += f", saved {duration(age_s)} ago"
-    elif progress.get("checkpoint_at"):
-        saved += f", saved at {progress['checkpoint_at']}"
+    for key, said in (("checkpoint_at", "saved"), ("checkpoint_verified_at", "read back")):
+        age_s = _age_s(progress.get(key), now) if now else None
+        if age_s is not None:
+            saved += f", {said} {duration(age_s)} ago"
+        elif progress.get(key):
+            saved += f", {said} at {progress[key]}"
+    count = progress.get("warnings")
     fields = {
         "run": known("run_dir"),
         "state": known("state") + (f" (policy {progress['policy']})" if progress.get("policy") else ""),
         "epoch": f"{known('epoch')} of {known('epochs')}, step {known('step', '{:,}')}",
         "val top-1": f"best {known('best_acc1', '{:.2f} %')}, last {known('last_acc1', '{:.2f} %')}",
-        "time": f"{duration(progress.get('total_s'))} spent, {duration(left)} left (estimate)"
-        if left
-        else f"{duration(progress.get('total_s'))} spent",
-        "sessions": f"{known('sessions')}, restarts {known('restarts')}",
+        "time": ", ".join(filter(None, (f"{duration(progress.get('total_s'))} spent", time_left_text(progress)))),
+        "sessions": ", ".join(filter(None, (known("sessions"), sessions_left_text(progress)))),
+        "restarts": known("restarts"),
+        "GPU joules": "not measured" if progress.get("gpu_joules") is None else known("gpu_joules", "{:,.0f}"),
         "checkpoint": saved,
+        "warnings": f"{count} in this session, the last: {known('last_warning')}" if count else "",
         "message": known("message") if progress.get("message") else "",
         "updated": "" if now else known("updated_at"),
     }
     return "".join(f"{name:<12}{value}\n" for name, value in fields.items() if value)
 
 
+def time_left_text(progress: Mapping[str, Any]) -> str:
+    """ "0:31 left (0:28 to 0:40)"; without an interval "0:31 left (estimate)"; "" where nothing is left or known."""
+    left_s, low_s, high_s = (progress.get(key) for key in ("eta_s", "eta_low_s", "eta_high_s"))
+    if not left_s:
+        return ""
+    between = "estimate" if low_s is None or high_s is None else f"{duration(low_s)} to {duration(high_s)}"
+    return f"{duration(left_s)} left ({between})"
+
+
+def sessions_left_text(progress: Mapping[str, Any]) -> str:
+    """ "2 to 3 more of 8.5 h"; "" where nothing is left or known. The present session is not among them."""
+    low, high, hours = (progress.get(key) for key in ("sessions_left_low", "sessions_left_high", "session_hours"))
+    if low is None or high is None or not progress.get("eta_s"):
+        return ""
+    if not high:
+        return "the present one suffices"
+    count = f"{low}" if low == high else f"{low} to {high}"
+    return f"{count} more" + (f" of {hours:g} h" if hours else "")
+
+
 def checkpoint_age_s(progress: Mapping[str, Any], now: datetime) -> float | None:
     """Seconds since the last checkpoint, or None when there is none or its time cannot be read."""
+    return _age_s(progress.get("checkpoint_at"), now)
+
+
+def _age_s(moment: Any, now: datetime) -> float | None:
+    """Seconds since an ISO time; None where it cannot be read."""
     try:
-        saved_at = datetime.fromisoformat(progress["checkpoint_at"])
-    except (KeyError, TypeError, ValueError):
+        then = datetime.fromisoformat(moment)
+    except (TypeError, ValueError):
         return None
-    return (now - (saved_at if saved_at.tzinfo else saved_at.replace(tzinfo=UTC))).total_seconds()
+    return (now - (then if then.tzinfo else then.replace(tzinfo=UTC))).total_seconds()
 
 
 def duration(seconds: float | None) -> str:

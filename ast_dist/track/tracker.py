@@ -7,6 +7,7 @@ again at each row. Neither stops the training.
 import contextlib
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,11 +22,14 @@ from ast_dist.track.console import Console
 from ast_dist.track.dashboard_process import DashboardProcess
 from ast_dist.track.hardest import Hardest
 from ast_dist.track.history import History, read
-from ast_dist.track.progress import duration, read_progress, write_progress
+from ast_dist.track.progress import LEFT_KEYS, read_progress, write_progress
+from ast_dist.track.summary import summary
+from ast_dist.track.time_left import RECENT, Stretch, epoch_stretches
 from ast_dist.track.wandb import WandbRun
 
 Row = Mapping[str, Any]
 CLOSE_TIMEOUT_S = 30.0
+MAX_WARNINGS_KEPT = 100
 
 
 class Tracker:
@@ -46,7 +50,8 @@ class Tracker:
         self._began = time.monotonic()
         self._history = History(self.run_dir / "metrics.jsonl")
         self._sessions = History(self.run_dir / "sessions.jsonl")
-        starts = [row for row in read(self._sessions.path) if "event" not in row]
+        told = read(self._sessions.path)
+        starts = [row for row in told if "event" not in row]
         before = max((row["session"] for row in starts), default=0)
         self._start_row: dict[str, Any] = {
             "session": max(1, before if restart else before + 1),
@@ -56,7 +61,9 @@ class Tracker:
         }
         self._progress: dict[str, Any] = {
             **{"state": "running", "epoch": 0, "step": 0, "best_acc1": None, "last_acc1": None, "total_s": 0.0},
-            **{"eta_s": None, "checkpoint": None, "checkpoint_at": None, "message": ""},
+            **dict.fromkeys(LEFT_KEYS),
+            **{"session_hours": config.session.hours or None, "warnings": 0, "last_warning": None},
+            **{"checkpoint": None, "checkpoint_at": None, "message": ""},
             "checkpoint_verified_at": None,
             "epochs": epochs,
             "sessions": self._start_row["session"],
@@ -65,6 +72,16 @@ class Tracker:
             "policy": config.gate.policy,
             "run_dir": str(run_dir),
         }
+        self.stretches: deque[Stretch] = deque(maxlen=RECENT)
+        """Recent epochs with their pace, over all sessions, the newest last."""
+        # A restart goes on counting in its session.
+        session = self._start_row["session"]
+        warned = [row for row in told if row.get("event") == "warning" and row.get("session") == session]
+        if warned:
+            self._progress |= {"warnings": len(warned), "last_warning": warned[-1]["text"]}
+        self._is_started = False
+        self._early_warnings: list[dict[str, Any]] = []
+        self._costs: dict[str, Any] = {}
         self._total_before_s = 0.0
         self._last_sign_of_life: float | None = None
         self._rows_lost = 0
@@ -115,6 +132,7 @@ class Tracker:
         """
         kept = dict(session or {}) if checkpoint else {}
         rows = read(self._history.path)
+        self.stretches.extend(epoch_stretches(rows))
         try:
             self._history.truncate(int(kept.get("history_bytes", 0)))
         except UserError as error:
@@ -133,7 +151,12 @@ class Tracker:
             **({"started": dict(started)} if started else {}),
         }
         self._progress |= {"step": resumed_from_step, "checkpoint": checkpoint, "num_samples": num_samples}
+        for row in read(self._history.path):
+            self._note_costs(row)
         self._keep(self._sessions, self._start_row)
+        self._is_started = True
+        for row in self._early_warnings:
+            self._keep(self._sessions, row)
         self._view("the console", self.console.start, {**(info or {}), "start": self._describe_start()})
         self._wandb_id_before = kept.get("wandb_id")
         track = self._config.track
@@ -192,12 +215,18 @@ class Tracker:
             self._view("the dashboard", self._dashboard.refresh)
 
     def warn(self, text: str) -> None:
-        """Show a warning; where even the console fails, on stderr."""
+        """Show a warning; where even the console fails, on stderr. It is counted in progress.json.
+
+        The first 100 of a session are kept in sessions.jsonl, and told in progress.json at once.
+        """
         try:
             self.console.warn(text)
         except Exception as error:
             with contextlib.suppress(OSError):
                 print(f"warning: {text} (and the console failed: {error!r})", file=sys.stderr)
+        self._progress |= {"warnings": self._progress["warnings"] + 1, "last_warning": text}
+        if self._progress["warnings"] <= MAX_WARNINGS_KEPT:
+            self._keep_warning(text)
 
     def rolled_back(self, epoch: int, step: int) -> None:
         """Note in sessions.jsonl that this attempt ends and the last checkpoint is loaded again."""
@@ -223,7 +252,8 @@ class Tracker:
         """
         deadline = time.monotonic() + timeout_s
         ended = {"state": state, "message": message, "needs_person": needs_person, "agent": agent}
-        self._write_progress({**ended, **({"eta_s": 0.0} if state == "finished" else {})})
+        nothing_left = dict.fromkeys(LEFT_KEYS[:3], 0.0) if state == "finished" else {}
+        self._write_progress({**ended, **nothing_left})
         if self._dashboard and state == "failed":
             self._view("the dashboard", self._dashboard.leave)
         elif self._dashboard:
@@ -231,7 +261,7 @@ class Tracker:
         if self._wandb:
             left_s = max(1.0, deadline - time.monotonic())
             self._view("W&B", self._wandb.close, state, message, left_s)
-        self._view("the console", self.console.close, self._summary(state, message))
+        self._view("the console", self.console.close, summary(self.run_dir, self._progress, self._costs))
         self._history.close()
         self._sessions.close()
 
@@ -253,28 +283,22 @@ class Tracker:
             return f"{which}, from the beginning"
         return f"{which}, from {row['checkpoint']}, {row['steps_repeated']:,} steps to repeat"
 
-    def _summary(self, state: str, message: str) -> dict[str, str]:
-        best, last, run = self._progress["best_acc1"], self._progress["last_acc1"], self.run_dir
-        measured = ((name, value) for name, value in (("best", best), ("last", last)) if value is not None)
-        summary = {
-            "state": f"{state} after {duration(self._progress['total_s'])}" + (f": {message}" if message else ""),
-            "val top-1": ", ".join(f"{name} {value:.2f} %" for name, value in measured) or "not measured",
-            "files": f"{run}/metrics.jsonl, STATUS.txt" + (", dashboard.png" if self._dashboard else ""),
-            "look": f"python -m ast_dist.status {run}",
-        }
-        if state != "finished":
-            summary["go on"] = "the same command again"
-        return summary
-
     def _take(self, kind: str, row: Row, show: Callable[[Row], None], hardest: Hardest | None = None) -> None:
         filled = {"progress/session": self._start_row["session"], "time/total_s": round(self.total_s, 3)}
         whole = {"kind": kind, **row, **filled}
+        self.stretches.extend(epoch_stretches([whole]))
+        self._note_costs(whole)
         self._keep(self._history, whole)
         self._view("the console", show, whole)
         if self._wandb:
             self._view("W&B", self._wandb.log, whole, hardest)
         if self._callbacks:
             self._callbacks.call(f"on_{kind}", whole)
+
+    def _note_costs(self, row: Row) -> None:
+        """Keep what was spent so far. An epoch's row tells all that is measured, a step's a part of it."""
+        costs = {key: value for key, value in row.items() if key.startswith("cost/")}
+        self._costs = costs if row.get("kind") == "epoch" else self._costs | costs
 
     def _keep(self, history: History, row: Row) -> None:
         try:
@@ -287,6 +311,17 @@ class Tracker:
                 self.warn(f"{history.path} is written again; rows lost before: {self._rows_lost}.")
                 self._rows_lost = 0
                 self._broken.discard("rows")
+
+    def _keep_warning(self, text: str) -> None:
+        about = {key: self._start_row[key] for key in ("session", "restart")}
+        row = {**about, "event": "warning", "text": text, "at": datetime.now(UTC).isoformat(timespec="seconds")}
+        if not self._is_started:
+            self._early_warnings.append(row)  # a session's first row says how it started
+            return
+        # It was shown. A disk that refuses it also refuses rows and progress.json, and that is said there.
+        with contextlib.suppress(OSError):
+            self._sessions.append(row)
+        self._write_progress({})
 
     def _write_progress(self, fields: dict[str, Any]) -> None:
         if fields.get("checkpoint") not in (None, self._progress["checkpoint"]):

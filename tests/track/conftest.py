@@ -11,8 +11,11 @@ from ast_dist.track.progress import write_progress
 NUM_SAMPLES, STEPS_PER_EPOCH = 1437, 22
 
 
-def rows_of_a_run(epochs, epochs_done, every_steps=10, policy="sundew"):
-    """Step and epoch rows: full epochs first and last, rate 0.4 between, no threshold in full epochs."""
+def rows_of_a_run(epochs, epochs_done, every_steps=10, policy="sundew", measured=False):
+    """Step and epoch rows: full epochs first and last, rate 0.4 between, no threshold in full epochs.
+
+    measured: with the keys of a run with EMA weights on a GPU whose energy NVML measures.
+    """
     rows, step, skipped, total_s = [], 0, 0.0, 0.0
     for epoch in range(epochs_done):
         gated = policy == "sundew" and 0 < epoch < 0.9 * epochs
@@ -44,14 +47,30 @@ def rows_of_a_run(epochs, epochs_done, every_steps=10, policy="sundew"):
                 rows.append({"kind": "step", **row, **learned})
         skipped += NUM_SAMPLES * (1 - rate)
         scores = {"val/acc1": 97.0 - 50 / (epoch + 1), "val/acc5": 99.9, "val/loss": 1.0 / (epoch + 1)}
+        if measured:
+            scores |= {"val/ema_acc1": 96.0 - 40 / (epoch + 1), "train/acc1_all": 99.0 - 60 / (epoch + 1)}
+            scores |= {"cost/gpu_joules": 250.0 * total_s, "cost/gpu_idle_w": 71.5}
+            scores |= {"cost/joules_saved": 0.8 * skipped / (NUM_SAMPLES * (epoch + 1))}
         rows.append({"kind": "epoch", "epoch": epoch + 1, **row, **scores, "perf/epoch_s": num_steps * 0.08})
     return rows
 
 
-def write_run(run_dir: Path, epochs=30, epochs_done=14, state="finished", restarts=(), policy="sundew"):
-    """Write metrics.jsonl, sessions.jsonl and progress.json. restarts: (session, restart, resumed_from_step) each."""
+def write_run(
+    run_dir: Path,
+    epochs=30,
+    epochs_done=14,
+    state="finished",
+    restarts=(),
+    policy="sundew",
+    measured=False,
+    **progress,
+):
+    """Write metrics.jsonl, sessions.jsonl and progress.json.
+
+    restarts: (session, restart, resumed_from_step) each. measured: as in `rows_of_a_run`. progress: its other fields.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
-    rows = rows_of_a_run(epochs, epochs_done, policy=policy)
+    rows = rows_of_a_run(epochs, epochs_done, policy=policy, measured=measured)
     starts = [{"session": 1, "restart": 0, "resumed_from_step": 0, "last_step_before": 0, "steps_repeated": 0}]
     for session, restart, step in restarts:
         start = {"session": session, "restart": restart, "resumed_from_step": step, "last_step_before": step + 11}
@@ -79,6 +98,7 @@ def write_run(run_dir: Path, epochs=30, epochs_done=14, state="finished", restar
             "run_dir": str(run_dir),
             "num_samples": NUM_SAMPLES,
             "message": "",
+            **progress,
         },
     )
     return run_dir
@@ -86,7 +106,7 @@ def write_run(run_dir: Path, epochs=30, epochs_done=14, state="finished", restar
 
 @pytest.fixture
 def make_run(tmp_path):
-    """make_run(epochs=…, epochs_done=…, state=…, restarts=…, policy=…) → the run's folder."""
+    """make_run(epochs=…, epochs_done=…, state=…, restarts=…, policy=…, measured=…) → the run's folder."""
     return lambda **options: write_run(tmp_path / "run", **options)
 
 

@@ -1,14 +1,21 @@
 """The console: live bars on a terminal, one plain line a row anywhere else."""
 
 import io
+import itertools
 import os
 import re
 import subprocess
 import sys
+import termios
 
+import nbformat
+import pyte
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from nbclient import NotebookClient
 
-from ast_dist.track.console import Console, plain_line, short_line
+from ast_dist.track.console import Console, filled, plain_line, short_line
 
 SHOW = """
 import json, sys
@@ -33,12 +40,14 @@ def show_in_a_pipe(run_dir, *options, **environment):
     return subprocess.run(command, capture_output=True, text=True, check=True, env=env)
 
 
-def show_on_a_terminal(run_dir, *options, **environment):
-    """Run on a pseudo-terminal and return what it wrote there."""
+def show_on_a_terminal(run_dir, *options, columns=80, **environment):
+    """Run on a pseudo-terminal so many columns wide, and return what it wrote there."""
     ours, theirs = os.openpty()
-    env = {**{key: value for key, value in os.environ.items() if key != "NO_COLOR"}, "TERM": "xterm", "COLUMNS": "80"}
+    termios.tcsetwinsize(theirs, (24, columns))
+    kept = {key: value for key, value in os.environ.items() if key not in ("NO_COLOR", "COLUMNS", "LINES")}
+    env = {**kept, "TERM": "xterm"}
     command = [sys.executable, "-c", SHOW, str(run_dir / "metrics.jsonl"), *options]
-    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=env | environment) as process:
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, env=env | environment) as process:
         os.close(theirs)
         written = b""
         while True:
@@ -52,6 +61,14 @@ def show_on_a_terminal(run_dir, *options, **environment):
         os.close(ours)
         process.wait()
     return written.decode()
+
+
+def screen_of(written, columns):
+    """The lines that a person sees, the ones that scrolled away included."""
+    screen = pyte.HistoryScreen(columns, 24, history=10_000, ratio=1)
+    pyte.Stream(screen).feed(written)
+    scrolled = ["".join(line[column].data for column in range(columns)) for line in screen.history.top]
+    return [line.rstrip() for line in [*scrolled, *screen.display]]
 
 
 def test_a_pipe_gets_one_line_a_row_and_no_escape_code(make_run):
@@ -87,6 +104,50 @@ def test_a_terminal_gets_a_bar_for_the_epoch_and_one_for_the_run(make_run):
     assert "rate 0.40/0.41  threshold 0.0486  - images/s  data wait 2 %  left 0:09" in shown
     assert shown.count("epoch 15/30  val top-1") == 1
     assert "warning: a warning" in shown and shown.rstrip().endswith("state  finished")
+
+
+LAST_ROW = (
+    '{"kind": "step", "progress/epoch": 4.5, "gate/rate": 0.4, "gate/rate_target": 0.41, "gate/threshold": 0.0486, '
+    '"perf/images_per_s": 12345.6, "perf/data_wait": 0.12, "progress/eta_h": 34.5}\n'
+)
+
+
+@pytest.mark.parametrize("columns", [120, 80, 40])
+def test_bars_and_all_figures_stay_readable_at_any_width(make_run, columns):
+    run_dir = make_run(epochs_done=3)
+    with (run_dir / "metrics.jsonl").open("a") as metrics:
+        metrics.write(LAST_ROW)
+    written = show_on_a_terminal(run_dir, "killed", columns=columns)
+    shown = screen_of(written, columns)
+    bars = [line for line in shown if "━" in line]
+    assert [re.sub(r"[━╸╺]+", "=", line).split() for line in bars] == [
+        ["epoch", "5/30", "=", "50", "%"],
+        ["run", "=", "15", "%"],
+    ], "one bar each, drawn in place"
+    figures = " ".join("  ".join(shown[shown.index(bars[1]) + 1 :]).split())
+    assert figures == "rate 0.40/0.41 threshold 0.0486 12,346 images/s data wait 12 % left 1 d 10:30:00"
+    assert not any("…" in line for line in shown)
+
+
+@given(st.lists(st.text("abc", min_size=1, max_size=20), max_size=9), st.integers(20, 200))
+def test_filled_lines_hold_every_part_whole_and_no_line_could_take_in_the_next(parts, width):
+    lines = filled(parts, width).split("\n") if parts else []
+    assert [part for line in lines for part in line.split("  ")] == parts
+    assert all(len(line) <= width for line in lines)
+    for line, following in itertools.pairwise(lines):
+        assert len(line) + 2 + len(following.split("  ")[0]) > width
+
+
+def test_a_notebook_gets_the_lines_of_a_pipe(make_run):
+    run_dir = make_run(epochs_done=2)
+    program = f"import sys\nsys.argv = ['-', {str(run_dir / 'metrics.jsonl')!r}]\n" + SHOW
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(program)])
+    NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    outputs = notebook.cells[0].outputs
+    assert {output.output_type for output in outputs} == {"stream"}, "no widget, no HTML"
+    text = {name: "".join(o.text for o in outputs if o.name == name) for name in ("stdout", "stderr")}
+    piped = show_in_a_pipe(run_dir)
+    assert (text["stdout"], text["stderr"]) == (piped.stdout, piped.stderr)
 
 
 def test_a_killed_terminal_run_leaves_the_cursor_visible(make_run):

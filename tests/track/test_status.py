@@ -1,10 +1,14 @@
 """`ast_dist.status` tells where a run stands, at once and from its files alone."""
 
+import contextlib
 import fcntl
 import json
+import os
 import subprocess
 import sys
+import termios
 
+import pyte
 import pytest
 
 KEYS = ["state", "epoch", "step", "best_acc1", "last_acc1", "sessions", "restarts", "total_s", "eta_s", "checkpoint"]
@@ -81,6 +85,69 @@ def test_watching_tells_each_change_and_ends_with_the_run(make_run):
             assert (told["epoch"], told["state"]) == (2, "finished")
             assert watcher.stdout.read() == ""
             assert watcher.wait() == 0
+
+
+LEFT = {"eta_s": 31.0, "eta_low_s": 28.0, "eta_high_s": 40.0, "sessions_left_low": 1, "sessions_left_high": 2}
+
+
+def change(run_dir, **fields):
+    path = run_dir / "progress.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_the_text_has_the_time_and_the_sessions_left_as_intervals_and_the_last_warning(make_run):
+    run_dir = make_run(state="paused")
+    change(run_dir, **LEFT, session_hours=8.5, warnings=2, last_warning="a sample was left out")
+    text = status(run_dir).stdout
+    assert "0:31 left (0:28 to 0:40)\n" in text
+    assert "sessions    1, 1 to 2 more of 8.5 h\n" in text
+    assert "warnings    2 in this session, the last: a sample was left out\n" in text
+
+
+def test_of_a_killed_run_nothing_is_said_of_what_is_left(make_run):
+    run_dir = make_run(state="running")
+    change(run_dir, **LEFT, session_hours=8.5)
+    told = json.loads(status(run_dir, "--json").stdout)
+    assert told["state"] == "stopped" and {told[key] for key in LEFT} == {None}
+    assert "left" not in status(run_dir).stdout and "more" not in status(run_dir).stdout
+
+
+def test_several_runs_are_a_table_with_a_line_each(make_run, tmp_path):
+    first = make_run(state="finished").rename(tmp_path / "first")
+    second = make_run(epochs_done=3, state="paused")
+    change(second, **LEFT, warnings=2)
+    head, *lines = status(first, second).stdout.splitlines()
+    assert head.split() == "run state epoch step best top-1 spent left sessions warnings".split()
+    assert len(lines) == 2 and {line.index("  " + line.split()[1]) for line in lines} != {-1}
+    assert lines[0].split()[1:4] == ["finished", "14/30", "139"]
+    assert "0:31 (0:28 to 0:40)" in lines[1] and lines[1].split()[-2:] == ["1", "2"]
+    told = [json.loads(line) for line in status(first, second, "--json").stdout.splitlines()]
+    assert [run["state"] for run in told] == ["finished", "paused"]
+    assert status(first, tmp_path / "absent").returncode == 2
+
+
+def test_watching_on_a_terminal_shows_one_screen_that_changes_in_place(make_run):
+    run_dir = make_run(epochs_done=1, state="running")
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 100))
+    screen = pyte.Screen(100, 24)
+    stream = pyte.ByteStream(screen)
+    with (run_dir / ".lease").open("w") as lease:
+        fcntl.flock(lease, fcntl.LOCK_EX)
+        command = [sys.executable, "-m", "ast_dist.status", str(run_dir), "--watch"]
+        with subprocess.Popen(command, stdin=theirs, stdout=theirs, env={**os.environ, "TERM": "xterm"}) as watcher:
+            os.close(theirs)
+            while not any("epoch       1 of 30" in line for line in screen.display):
+                stream.feed(os.read(ours, 4096))
+            make_run(epochs_done=2, state="finished")
+            while watcher.poll() is None:
+                with contextlib.suppress(OSError):  # Linux says EIO when the last holder of the other end is gone
+                    stream.feed(os.read(ours, 4096))
+    os.close(ours)
+    shown = [line.rstrip() for line in screen.display if line.strip()]
+    assert "epoch       2 of 30" in "\n".join(shown)
+    assert [line.split()[0] for line in shown].count("epoch") == 1
+    assert shown[0].startswith("run ") and shown[1].startswith("state       finished")
 
 
 def test_status_loads_nothing_heavy(make_run):

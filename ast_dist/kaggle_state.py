@@ -1,0 +1,212 @@
+"""The state that a Kaggle session goes on from: which checkpoint, whether there is room, and how it gets here.
+
+A notebook that is started again finds what it saved before in an attached input, which is read-only: the run is copied
+to /kaggle/working, to a temporary name first, and renamed last. Needs no torch.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ast_dist.config import Config, differences
+from ast_dist.errors import UserError
+from ast_dist.fault import commit
+from ast_dist.fault.commit import DamagedCheckpointError
+from ast_dist.fault.lease import LEASE_NAME
+from ast_dist.kaggle_inputs import copy_folder
+from ast_dist.run_dir import CONFIG_NAME, archive, checkpoints_path
+from ast_dist.track.history import read as read_rows
+
+_COPYING = ".copying-"
+GB = 1e9
+# Metrics, pictures, W&B's files and an index of ImageNet's folders.
+_REST_GB = 0.5
+_NAMED_DIFFERENCES = 4
+# Of a session on a GPU, should nobody have set a shorter one.
+_LONGEST_H = 12.0
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was read whole and agrees with its manifest.
+
+    run: its run directory. num_bytes: of its files. total_s: of training until then, None where unknown.
+    """
+
+    run: Path
+    checkpoint: Path
+    num_bytes: int
+    total_s: float | None
+
+    @property
+    def sessions(self) -> int:
+        """Sessions that the run has had."""
+        starts = [row for row in read_rows(self.run / "sessions.jsonl") if "event" not in row]
+        return max((int(row["session"]) for row in starts), default=0)
+
+
+def differing(run: Path, wanted: dict[str, Any]) -> list[str]:
+    """The settings in which a run differs from the one wanted. wanted: as `run_dir.fingerprint` gives it."""
+    path = run / CONFIG_NAME
+    try:
+        old = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        return [f"{path} cannot be read ({' '.join(str(error).split())})"]
+    if not isinstance(old, dict):
+        return [f"{path} holds no configuration"]
+    data, old_data = wanted["data"], old.get("data")
+    if data["shuffle_block_shards"] < 0 and isinstance(old_data, dict):
+        # "Automatic" is settled by who trains; the run has written down as what.
+        settled = old_data.get("shuffle_block_shards", -1)
+        wanted = {**wanted, "data": {**data, "shuffle_block_shards": settled}}
+    return differences(old, wanted)
+
+
+def newest(runs: Sequence[Path], wanted: dict[str, Any], own: Path, tell: Callable[[str], None]) -> Saved | None:
+    """The newest sound checkpoint of the runs with the wanted configuration; None where there is no such run.
+
+    runs: run directories. own: where this run lives, found or not; of equals it comes first. What is passed over is
+    told. Raises UserError where the run that stands in `own`, or, when no other one fits, an attached run of the same
+    name has another configuration, and where all checkpoints are damaged.
+    """
+    fitting, others = [], {}
+    for run in runs:
+        if changed := differing(run, wanted):
+            others[run] = changed
+        else:
+            fitting.append(run)
+    for run, changed in others.items():
+        if run == own or (run.name == own.name and not fitting):
+            raise UserError(_other(run, changed))
+        tell(f"passed over {run}: a run with another configuration ({_named(changed)})")
+    candidates = [(run, path) for run in fitting for path in commit.committed(checkpoints_path(run))]
+    candidates.sort(key=lambda pair: (_place(pair[1]), pair[0] == own), reverse=True)
+    damaged: list[str] = []
+    for run, checkpoint in candidates:
+        try:
+            manifest = commit.verify(checkpoint)
+        except (DamagedCheckpointError, OSError) as error:
+            damaged.append(str(error))
+            continue
+        for text in damaged:
+            tell(f"warning: {text}; taking {checkpoint}, the one before")
+        total_s = manifest.get("total_s")
+        num_bytes = sum(entry["bytes"] for entry in manifest["files"].values())
+        return Saved(run, checkpoint, num_bytes, float(total_s) if isinstance(total_s, int | float) else None)
+    if damaged:
+        raise UserError(
+            f"{candidates[0][0]}: none of the {len(damaged)} checkpoints here is sound. The newest: {damaged[0]}. "
+            "Attach a sound copy, or start anew with resume='never'."
+        )
+    return None
+
+
+def _place(checkpoint: Path) -> tuple[int, str]:
+    digits = checkpoint.name.removeprefix("step-").split("-")[0]
+    return int(digits), checkpoint.name
+
+
+def _named(changed: Sequence[str]) -> str:
+    more = f"; and {len(changed) - _NAMED_DIFFERENCES} more" if len(changed) > _NAMED_DIFFERENCES else ""
+    return "; ".join(changed[:_NAMED_DIFFERENCES]) + more
+
+
+def _other(run: Path, changed: Sequence[str]) -> str:
+    return (
+        f"{run}: this run was made with another configuration ({_named(changed)}). Use the old values to go on with "
+        "it, another run_name for a new run, or resume='never' to start anew."
+    )
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files below a folder; links are not followed."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            path = Path(parent, name)
+            if not path.is_symlink():
+                total += path.stat().st_size
+    return total
+
+
+def make_room(
+    working: Path, run_dir: Path, config: Config, checkpoint_bytes: int, limit_gb: float, goes_on: bool
+) -> str:
+    """Say in words that /kaggle/working holds what is there and what the run will need. Raises UserError otherwise.
+
+    run_dir: nobody trains there now. checkpoint_bytes: of one checkpoint. limit_gb: what Kaggle keeps. goes_on: whether
+    the run that stands in run_dir goes on there, so that its checkpoints make room for new ones. What a kill in
+    mid-copy or in mid-save left is removed; nothing else is.
+    """
+    checkpoints = checkpoints_path(run_dir)
+    shutil.rmtree(run_dir.with_name(f"{_COPYING}{run_dir.name}"), ignore_errors=True)
+    if checkpoints.is_dir():
+        commit.remove_leftovers(checkpoints)
+    held = folder_bytes(working)
+    # The newest ones, the best, and the one that is being written before an older one goes.
+    saving = config.checkpoint
+    count = saving.keep_last + 2
+    if saving.keep_every_h:
+        count += math.ceil((config.session.hours or _LONGEST_H) / saving.keep_every_h)
+    replaced = folder_bytes(checkpoints) if goes_on and checkpoints.is_dir() else 0
+    more = max(0.0, count * checkpoint_bytes + _REST_GB * GB - replaced)
+    free = shutil.disk_usage(working).free
+    room = f"{held / GB:.2f} GB are in {working}, and the run needs up to {more / GB:.2f} GB more"
+    if held + more > limit_gb * GB or more > free:
+        limit = f"Kaggle keeps {limit_gb:g} GB" if held + more > limit_gb * GB else f"{free / GB:.2f} GB are free"
+        raise UserError(
+            f"{room}, but {limit}. {_largest(working)}, or lower checkpoint.keep_last ({saving.keep_last})."
+        )
+    return f"{room}, of {limit_gb:g} GB"
+
+
+def _largest(working: Path) -> str:
+    sizes = {path: folder_bytes(path) if path.is_dir() else path.stat().st_size for path in working.iterdir()}
+    if not sizes:
+        return "Use a smaller model"
+    path = max(sizes, key=lambda path: sizes[path])
+    return f"Delete what is not needed (the largest is {path}, {sizes[path] / GB:.2f} GB)"
+
+
+def carry_over(saved: Saved, run_dir: Path) -> Path | None:
+    """Make a copy of a run the one in `run_dir`: its files, the sound checkpoint and the best one.
+
+    What stood in run_dir is moved aside; returns where to, None where nothing stood there. Nobody may train there now.
+    Raises UserError when the copy is not what was saved, or cannot be written; nothing has changed then.
+    """
+    draft = run_dir.with_name(f"{_COPYING}{run_dir.name}")
+    shutil.rmtree(draft, ignore_errors=True)
+    folder = checkpoints_path(saved.run)
+    wanted = [saved.checkpoint.name]
+    best = commit.best(folder)
+    if best and best != saved.checkpoint.name and _is_sound(folder / best):
+        wanted.append(best)
+    try:
+        draft.mkdir(parents=True)
+        for path in sorted(saved.run.iterdir()):
+            if path.is_file() and path.name != LEASE_NAME and not path.name.startswith("."):
+                shutil.copyfile(path, draft / path.name)
+        for name in wanted:
+            copy_folder(folder / name, checkpoints_path(draft) / name)
+            commit.verify(checkpoints_path(draft) / name)
+        aside = archive(run_dir) if run_dir.is_dir() and any(run_dir.iterdir()) else None
+        # Rename last: a kill above this line leaves the input as it is, and the next start copies it again.
+        os.rename(draft, run_dir)
+    except (OSError, DamagedCheckpointError) as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise UserError(f"{saved.run}: cannot be copied to {run_dir} ({error}). Run the cell again.") from None
+    return aside
+
+
+def _is_sound(checkpoint: Path) -> bool:
+    try:
+        commit.verify(checkpoint)
+    except (DamagedCheckpointError, OSError):
+        return False
+    return True
