@@ -134,7 +134,7 @@ def test_online_the_server_gets_each_row_once_through_a_kill_and_a_session_offli
         command = [sys.executable, "-m", "wandb", "sync", "--yes", "--include-online"]
         command += map(str, run_dir.glob("wandb/*run-*"))
         env = {**os.environ, **server.environment, "HOME": str(run_dir.parent / "home")}
-        subprocess.run(command, check=True, capture_output=True, env=env, timeout=100)
+        subprocess.run(command, check=True, capture_output=True, env=env, cwd=run_dir.parent, timeout=100)
         assert len(server.rows) == sent, "there is nothing left to send"
 
 
