@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import signal
 import sys
 import threading
@@ -115,6 +116,18 @@ def test_a_folder_of_another_run_is_refused_and_stays_as_it_is(finished: Path, s
     with pytest.raises(ast_dist.UserError, match="another configuration"):
         ast_dist.train(**settings(shards, finished, seed=7))
     assert snapshot(finished) == before
+
+
+def test_a_run_saved_by_a_version_that_lacked_a_setting_goes_on(finished: Path, shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    saved = yaml.safe_load((run_dir / "config.yaml").read_text())
+    del saved["gate"]["hard_tail_visits"]
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(saved))
+    ended = ast_dist.train(**settings(shards, run_dir))
+    assert (ended["state"], ended["sessions"]) == ("finished", 2)
+    with pytest.raises(ast_dist.UserError, match="gate.hard_tail_visits: 4 → 3"):
+        ast_dist.train(**settings(shards, run_dir, gate={"hard_tail_visits": 3}))
 
 
 def test_a_dry_run_returns_nothing_and_writes_nothing(
