@@ -112,3 +112,12 @@ def print_dry_run(config: Config, train: Index, val: Index) -> None:
     print(f"cost       about {cost:.2f} epochs of full training, in {policy.epochs} epochs")
     print(f"steps      about {trained // config.loop.global_batch_size:,} of {config.loop.global_batch_size} samples")
     print("dry run: nothing was written")
+
+
+def check_decoders(wanted: str, names: list[str]) -> None:
+    """Raise UserError where the processes would decode by different libraries. names: by rank; wanted: the setting."""
+    if len(set(names)) > 1:
+        raise UserError(
+            f"data.decoder {wanted}: the processes would decode by {', '.join(names)} (in order of rank), whose pixels "
+            "and damage may differ. Install DALI on every host, or use --data.decoder torch."
+        )

@@ -42,6 +42,7 @@ from ast_dist.joules import Joules
 from ast_dist.mixing import Mixer
 from ast_dist.model import build_model, lr_at
 from ast_dist.peak_flops import peak_of_world
+from ast_dist.preflight import check_decoders
 from ast_dist.reports import Reports
 from ast_dist.resources import Resources, open_meter
 from ast_dist.saves import Saves
@@ -72,15 +73,10 @@ class Trainer:
         self.world = world
         # First: until the model is there, nothing of ours runs on a GPU, and what it draws is its idle power.
         meter = open_meter(world.device)
-        self.policy: Policy = make_policy(
-            dataclasses.replace(
-                PolicySetup.of_run(config, train.num_samples, train.label),
-                rank=world.rank,
-                world_size=world.size,
-                all_reduce=world.sum,
-                gather=world.gather_rows,
-            )
-        )
+        setup = PolicySetup.of_run(config, train.num_samples, train.label)
+        setup = dataclasses.replace(setup, rank=world.rank, world_size=world.size)
+        setup = dataclasses.replace(setup, all_reduce=world.sum, gather=world.gather_rows)
+        self.policy: Policy = make_policy(setup)
         # A policy may have fewer epochs than full training: the schedule is its own.
         self.epochs = self.policy.epochs
         torch.manual_seed(hash_key(STREAM_INIT, config.seed))
@@ -110,16 +106,11 @@ class Trainer:
         peers = local_peers(world.rank, world.gather)
         self.guard = Guard(config.checkpoint.grace_s, self.deadline, peers)
         floor_s = config.fault.watchdog_s
-        if floor_s > 0 and train.is_remote:
-            floor_s = max(floor_s, _FETCH_S)
-        self.watchdog = Watchdog(floor_s, world.rank, peers)
+        fetch_s = _FETCH_S if floor_s > 0 and train.is_remote else 0.0
+        self.watchdog = Watchdog(max(floor_s, fetch_s), world.rank, peers)
         # Rank 0's, which alone beats it.
         self.lease: Lease | None = None
-        if len(set(decoders := world.gather(self.loader.decoder.name))) > 1:
-            raise UserError(
-                f"data.decoder {config.data.decoder}: the processes would decode by {', '.join(decoders)} (in order of "
-                "rank), whose pixels and damage may differ. Install DALI on every host, or use --data.decoder torch."
-            )
+        check_decoders(config.data.decoder, world.gather(self.loader.decoder.name))
         self.val_damage = DamageLog(config.data.damaged_limit, val.num_samples, val.location, world)
         self.damage = DamageLog(config.data.damaged_limit, train.num_samples, train.location, world)
         self.lagged = LaggedRead()

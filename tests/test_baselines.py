@@ -182,9 +182,9 @@ class Planned(Policy):
 
 
 class TestPlansOfOnesOwn:
-    def plan(self, ids, weights=None):
+    def plan(self, ids, weights=None, chances=None):
         policy = Planned(setup("full", count=6))
-        policy.given = Plan(np.asarray(ids), weights)
+        policy.given = Plan(np.asarray(ids), weights, chances)
         return checked_plan(policy, 1, np.array([5, 3, 1, 0, 2, 4]))
 
     def test_a_thinned_order_is_taken_as_it_is(self):
@@ -211,6 +211,14 @@ class TestPlansOfOnesOwn:
     def test_weights_that_are_none_are_told_in_one_line(self, weights):
         with pytest.raises(UserError, match="one finite weight"):
             self.plan([5, 1, 4], weights)
+
+    @pytest.mark.parametrize("chances", [np.ones(2), np.float32([1, np.nan, 1]), np.float32([1, 1.5, 1]), -0.1])
+    def test_chances_that_are_none_are_told_in_one_line(self, chances):
+        with pytest.raises(UserError, match="a number in 0 … 1"):
+            self.plan([5, 1, 4], chances=chances)
+
+    def test_one_chance_for_all_is_taken_as_it_is(self):
+        assert self.plan([5, 1, 4], chances=np.float64(0.5)).chances == 0.5
 
 
 class TestNames:

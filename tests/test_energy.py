@@ -211,6 +211,7 @@ def test_each_window_holds_what_was_used_in_it_and_nothing_else(monkeypatch: pyt
         nvml.step_mj = 13  # reports and saves
         taken.tally()
         rows.append(taken.joules.end_epoch(is_full))
+        assert taken.to_dict()["train_millijoules"] == taken.to_dict()["eval_millijoules"] == 0
     assert [row["cost/epoch_gpu_joules"] for row in rows] == [1.0, 0.4, 0.6]
     assert [row.get("cost/eval_gpu_joules") for row in rows] == [0.03, 0.04, None], "the last had no evaluation"
     assert [row["cost/joules_saved"] for row in rows] == pytest.approx([0.0, 1 - 1.4 / 2, 1 - 2.0 / 3])

@@ -112,11 +112,16 @@ def test_scored_samples_are_counted_apart_from_trained_ones(tmp_path: Path, poli
 
 def test_two_ranks_count_together_what_both_did(tmp_path: Path) -> None:
     write_damaged_shards(tmp_path)
-    counted = train_on_two_ranks(tmp_path, tmp_path, *GATED, "--data.cache", "none")
+    # One row for the whole first epoch, which trains everything: its accuracy is that of all samples.
+    every_epoch = ("--track.every-steps", str(-(-NUM_SAMPLES // 16)))
+    counted = train_on_two_ranks(tmp_path, tmp_path, *GATED, "--data.cache", "none", *every_epoch)
     assert ledger(tmp_path) == counted
     assert counted["read"] > counted["decoded"] == counted["forwarded"] == counted["backwarded"]
     # The first epoch trains every sound sample, the others some of them.
     assert NUM_SAMPLES - 2 < counted["backwarded"] < 0.8 * EPOCHS * NUM_SAMPLES
+    step_row, epoch_row = read_rows(tmp_path / "run/metrics.jsonl")[:2]
+    assert step_row["train/acc1_selected"] == epoch_row["train/acc1_all"]
+    assert 0.05 < step_row["perf/mem_gb"] <= epoch_row["perf/mem_gb"]
 
 
 def test_counts_go_on_over_sessions_with_what_was_prefetched_in_vain(shards: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from ast_dist.data.order import Plan, epoch_order
 from ast_dist.distributed import World
 from ast_dist.errors import run_command
 from ast_dist.fault.commit import committed
+from ast_dist.fault.state import join, split
 from ast_dist.gate.policy import Policy, PolicySetup, RememberingPolicy, checked_plan
 from ast_dist.gate.registry import make_policy
 from ast_dist.meters import AccuracyOfAll
@@ -22,6 +23,7 @@ from ast_dist.mixing import Mix
 from ast_dist.step import TrainStep
 from ast_dist.track.history import read as read_rows
 from ast_dist.train import main
+from tests.states import ORDERS, fresh_state
 from tests.test_mixing import make_batch, make_step
 from tests.training import NUM_SAMPLES, state_hash, words, write_shards
 
@@ -109,10 +111,20 @@ def test_samples_that_had_no_chance_leave_the_accuracy_unknown() -> None:
     assert policy.plan(1, epoch_order(COUNT, 0, 1)).chances is None
 
 
-def test_chances_change_no_plan_and_no_plans_id(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chances_change_no_plan_and_no_plans_id() -> None:
     plan = trained_policy().plan(1, epoch_order(COUNT, 0, 1))
     assert plan.chances is not None
     assert Plan(plan.ids, plan.weights).id == plan.id
+
+
+@pytest.mark.parametrize("chances", [0.3, np.linspace(0.1, 1.0, 40, dtype=np.float32), None])
+def test_a_checkpoint_keeps_a_plans_chances(chances: np.ndarray | float | None) -> None:
+    state, restored = fresh_state(), fresh_state()
+    state.plan = Plan(ORDERS.of(0)[:40], chances=chances)
+    tensors, plain = split(state.state_dict(rank=0))
+    restored.load_state_dict(join(tensors, plain), rank=0)
+    assert restored.plan is not None
+    np.testing.assert_array_equal(restored.plan.chances, chances)
 
 
 def test_the_sums_are_the_same_integers_over_any_number_of_ranks_and_interruptions(world: World) -> None:

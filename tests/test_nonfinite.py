@@ -114,9 +114,9 @@ def test_the_mean_loss_leaves_skipped_steps_out(world: World) -> None:
     step = make_step(world, "sgd")
     batch = make_batch()
     step(batch, 0.1)
-    [loss, _] = step.meters.read(world)
+    [(loss, acc1), _] = step.meters.read(world, 0)
     step(make_batch(float("nan")), 0.1)
-    assert step.meters.read(world)[0] == loss
+    assert step.meters.read(world, 0)[0] == (loss, acc1)
 
 
 def test_the_limit_is_of_steps_in_a_row_and_one_more_rolls_back() -> None:

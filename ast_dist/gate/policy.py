@@ -99,6 +99,7 @@ class Policy:
         """What this epoch reads (and trains, unless it is scored first), at least one sample, in the order given.
 
         order: (num_samples,) int64, every sample id once, a random permutation that is the same on every rank.
+        Chances that the plan states give `train/acc1_all`; a policy that knows none leaves it out.
         """
         raise NotImplementedError(f"{type(self).__name__} does not implement plan(epoch, order)")
 

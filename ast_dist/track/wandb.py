@@ -23,6 +23,7 @@ from ast_dist.track.hardest import Hardest
 from ast_dist.track.progress import replace_atomically
 from ast_dist.track.wandb_artifact import CheckpointArtifact
 from ast_dist.track.wandb_fragments import fragments, mark_sent, own_step, pass_over_empty, steps_held
+from ast_dist.track.wandb_service import end_service
 
 Mode = Literal["off", "offline", "online"]
 ID_NAME = "wandb_id"
@@ -132,6 +133,7 @@ class WandbRun:
         if self._thread.is_alive():
             self._say_unsent(timeout_s)
             self._is_given_up = True
+            end_service()
         self._thread = None
 
     def _put(self, job: Callable[[], None]) -> None:
@@ -166,6 +168,7 @@ class WandbRun:
                 self._run.finish(exit_code=self._exit_code)
             except TimeoutError:
                 self._say_unsent(FINISH_TIMEOUT_S)
+                end_service()
             else:
                 if self._is_online:
                     assert self.run_id

@@ -18,7 +18,7 @@ class WandbServer(ThreadingHTTPServer):
     """Keeps the rows that it was sent, and tells a run that is resumed how far it came.
 
     rows: of all runs, in the order in which they came; it takes them to be one run's where it is asked for its state.
-    released: set, it lets go of the requests that it holds.
+    unanswered: an operation that it never answers. released: set, it lets go of the requests that it holds.
     """
 
     daemon_threads = True
@@ -28,6 +28,7 @@ class WandbServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.rows: list[dict[str, Any]] = []
         self.is_silent = False
+        self.unanswered = ""
         self.released = threading.Event()
 
     @property
@@ -82,12 +83,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        if self.server.is_silent:
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        unanswered = self.server.unanswered
+        if self.server.is_silent or (unanswered and f'"operationName":"{unanswered}"'.encode() in body):
             self.close_connection = True
             self.server.released.wait()
             return
-        if self.headers.get("Content-Encoding") == "gzip":
-            body = gzip.decompress(body)
         is_upload = self.path.startswith("/upload")
         answer = json.dumps({} if is_upload else self.server.answer(self.path, body.decode())).encode()
         self.send_response(200)

@@ -227,6 +227,16 @@ def test_a_server_that_never_answers_holds_neither_rows_nor_the_end(run_dir):
     assert "not done 0.1 s after the end" in warnings[1]
 
 
+def test_an_alert_that_a_server_never_answers_does_not_hold_the_process(run_dir):
+    with wandb_server() as server:
+        server.unanswered = "NotifyScriptableRunAlert"
+        said = log_rows(run_dir, "online", 0, 10, server.environment, close={"timeout_s": 5})
+    # The process has ended, with exit code 0 and no traceback.
+    warnings = [text for kind, text in said if kind == "warn"]
+    assert len(warnings) == 1 and "not done 5 s after the end; send the rest: wandb sync" in warnings[0]
+    assert [len(history(session)) for session in records(run_dir)] == [10]
+
+
 def test_a_folder_that_takes_no_files_turns_wandb_off_with_one_warning(run_dir):
     # W&B would fall back to a temporary folder where it cannot write; a file in its place makes it fail.
     (run_dir / "wandb").write_text("not a folder")
