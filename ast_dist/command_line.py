@@ -5,6 +5,7 @@ word wins and a typo gets the same answer wherever it was made.
 """
 
 import dataclasses
+import typing
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -93,14 +94,18 @@ def _yaml_to_argv(text: str, source: str) -> list[str]:
         raise UserError(f"{source}: expected keys like `gate: {{target_rate: 0.3}}`, found a {type(tree).__name__}.")
     # A run's own config.yaml also states its data's hashes; the rest of it can start another run.
     tree.pop("manifest", None)
-    return to_argv(tree)
+    try:
+        return to_argv(tree)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
 
 
 def to_argv(settings: dict[str, Any]) -> list[str]:
     """Flatten settings into arguments: {"gate": {"target_rate": 0.3}} → ["--gate.target-rate=0.3"].
 
     settings: sections are dicts; names are the command line's, with `_` or `-`. Values are turned into text by `str`;
-    lists and tuples into as many words. None leaves a section as it is.
+    lists and tuples into as many words. None leaves a section as it is; raises UserError for a setting that must have
+    a value.
     """
     return list(_flatten(settings, ""))
 
@@ -108,11 +113,14 @@ def to_argv(settings: dict[str, Any]) -> list[str]:
 def _flatten(tree: dict[str, Any], prefix: str) -> Iterator[str]:
     for key, value in tree.items():
         name = f"{prefix}{key}".replace("_", "-")
+        kind = _type_of(f"{prefix}{key}")
         if isinstance(value, dict):
             yield from _flatten(value, f"{prefix}{key}.")
-        elif value is None and dataclasses.is_dataclass(_type_of(f"{prefix}{key}")):
+        elif value is None and dataclasses.is_dataclass(kind):
             continue  # a section whose settings are all commented out
-        elif isinstance(value, bool) and _type_of(f"{prefix}{key}") in (bool, None):
+        elif value is None and kind is not None and type(None) not in typing.get_args(kind):
+            raise UserError(f"{prefix}{key} has no value. Give it one, or leave it out to have its default.")
+        elif isinstance(value, bool) and kind in (bool, None):
             head, _, leaf = name.rpartition(".")
             yield f"--{name}" if value else f"--{head + '.' if head else ''}no-{leaf}"
         elif isinstance(value, bool):  # YAML takes a bare off for false, and `track.wandb: off` is meant

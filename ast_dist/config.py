@@ -1,6 +1,9 @@
 """One frozen configuration: every setting, its default and its range.
 
 Everything that can be judged without touching data or devices is validated in `__post_init__`.
+
+A saved run that lacks a setting is taken to have its default (`differences`): a new setting on which weights depend
+must default to what was done before it was there.
 """
 
 import dataclasses
@@ -341,16 +344,32 @@ def to_dict(config: Config) -> dict[str, Any]:
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """Name the settings that differ and that trained weights depend on: ["gate.target_rate: 0.4 → 0.3"].
 
-    old, new: results of `to_dict`. Keys in FREE_BETWEEN_SESSIONS are passed over.
+    old, new: results of `to_dict`; old may be another version's. Keys in FREE_BETWEEN_SESSIONS are passed over. A
+    setting that the old lacks had its default, one that only the old has is a difference.
     """
     found = []
     for key in sorted({*old, *new}):
         name = f"{prefix}{key}"
         if name in FREE_BETWEEN_SESSIONS:
             continue
-        before, after = old.get(key), new.get(key)
+        after = new.get(key)
+        before = old[key] if key in old else {} if isinstance(after, dict) else _default_of(name)
         if isinstance(before, dict) and isinstance(after, dict):
             found += differences(before, after, f"{name}.")
+        elif key not in new:
+            found.append(f"{name}: {before} → unknown here, the setting of a newer version: upgrade ast-dist")
         elif before != after:
             found.append(f"{name}: {before} → {after}")
     return found
+
+
+# No weight depends on the three settings that have no default.
+_DEFAULTS = to_dict(Config(run_dir="-", data=DataConfig(train="-", val="-")))
+
+
+def _default_of(name: str) -> Any:
+    """A setting's default by its dotted name; None where there is no such setting."""
+    place: Any = _DEFAULTS
+    for part in name.split("."):
+        place = place.get(part) if isinstance(place, dict) else None
+    return place

@@ -83,12 +83,8 @@ def _cost(run: Run) -> float | None:
 
 def _costs(run: Run, key: str) -> tuple[np.ndarray, np.ndarray]:
     """Values of a key (N,) and what the run had cost at them, in epochs of full training (N,); rows with both."""
-    found = []
-    for row in run.rows:
-        passes, saved, value = (as_number(row.get(name)) for name in ("progress/epoch", "cost/flops_saved", key))
-        if passes is not None and saved is not None and value is not None:
-            found.append((value, (1.0 - saved) * passes))
-    return np.array([value for value, _ in found], np.float64), np.array([cost for _, cost in found], np.float64)
+    passes, saved, values = run.rows.together("progress/epoch", "cost/flops_saved", key)
+    return values, (1.0 - saved) * passes
 
 
 def _panels(runs: Sequence[Run]) -> list[Panel]:

@@ -151,16 +151,16 @@ def _percent(run: Run, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 def marks_of(run: Run, x_key: str = "progress/epoch", scale: float = 1.0) -> list[Mark]:
     """Where the run went on from a checkpoint."""
-    pairs = [(as_number(row.get("global_step")), as_number(row.get(x_key))) for row in run.rows]
-    at = sorted((step, x) for step, x in pairs if step is not None and x is not None)
-    if not at:
+    steps, places = run.rows.together("global_step", x_key)
+    if not steps.size:
         return []
-    steps, places = (np.array(column) for column in zip(*at, strict=True))
+    in_order = np.lexsort((places, steps))
+    steps, places = (np.append(0.0, column[in_order]) for column in (steps, places))
     marks = []
     for start in run.starts[1:]:
         step = as_number(start.get("resumed_from_step")) or 0.0
         is_restart = bool(as_number(start.get("restart")))
         what = f"session {start.get('session')}" + (f", restart {start.get('restart')}" if is_restart else "")
-        where = float(np.interp(step, [0.0, *steps], [0.0, *places])) * scale
+        where = float(np.interp(step, steps, places)) * scale
         marks.append(Mark(where, f"{what}, from {start.get('checkpoint') or 'the beginning'}", is_restart))
     return marks

@@ -1,12 +1,11 @@
 """What the report reads of a run: its files, none of them trusted, and what is wrong with them in words."""
 
 import json
-import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import yaml
@@ -14,26 +13,28 @@ import yaml
 from ast_dist.config import FREE_BETWEEN_SESSIONS, Config
 from ast_dist.errors import UserError
 from ast_dist.fault.commit import set_aside
-from ast_dist.track.history import read
+from ast_dist.report_rows import Rows
+from ast_dist.track.history import as_number as as_number
+from ast_dist.track.history import read, stream
 from ast_dist.track.progress import PROGRESS_NAME, as_it_is_now, read_progress
 
 METRICS_NAME, SESSIONS_NAME = "metrics.jsonl", "sessions.jsonl"
 Row = Mapping[str, Any]
-_LARGEST = 1e200
+Held = TypeVar("Held")
 
 
 @dataclass(frozen=True)
 class Run:
     """A run as its files tell it.
 
-    folder: as the user named it. name: told apart from the other runs of the report. rows: of metrics.jsonl.
-    sessions: of sessions.jsonl. progress: of progress.json, as it is now. config: of config.yaml, nested, manifest's
-    hashes included. env: of env.json. classes: of classes.json. notes: what could not be read, in sentences.
+    folder: as the user named it. name: told apart from the other runs of the report. rows: of metrics.jsonl, as
+    columns. sessions: of sessions.jsonl. progress: of progress.json, as it is now. config: of config.yaml, nested,
+    manifest's hashes included. env: of env.json. classes: of classes.json. notes: what could not be read, in sentences.
     """
 
     folder: Path
     name: str
-    rows: Sequence[Row] = ()
+    rows: Rows = field(default_factory=Rows)
     sessions: Sequence[Row] = ()
     progress: Row = field(default_factory=dict)
     config: dict[str, Any] = field(default_factory=dict)
@@ -44,7 +45,7 @@ class Run:
     @property
     def epochs(self) -> list[Row]:
         """The rows of epochs that are done."""
-        return [row for row in self.rows if row.get("kind") == "epoch"]
+        return self.rows.epochs
 
     @property
     def starts(self) -> list[Row]:
@@ -73,10 +74,9 @@ class Run:
 
         kind: step or epoch, "" for both. Rows without either key are left out.
         """
-        rows = [row for row in self.rows if key in row and (not kind or row.get("kind") == kind)]
-        points = [(as_number(row.get(x_key, row.get("epoch"))), as_number(row[key])) for row in rows]
-        known = [(x, math.nan if y is None else y) for x, y in points if x is not None]
-        return np.array([x for x, _ in known], np.float64), np.array([y for _, y in known], np.float64)
+        places, y = self.rows.column(key, kind)
+        x = self.rows.dense(x_key, instead="epoch")[places]
+        return x[np.isfinite(x)], y[np.isfinite(x)]
 
     def most_often(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """As `series`, of steps or, where no step tells, of epochs: an epoch's mean is no point among its steps."""
@@ -85,11 +85,8 @@ class Run:
 
     def gapped(self, key: str) -> tuple[np.ndarray, np.ndarray]:
         """As `series`, with NaN also where a row lacks the key: what is not there in some epochs."""
-        points = [
-            (as_number(row.get("progress/epoch", row.get("epoch"))), as_number(row.get(key))) for row in self.rows
-        ]
-        known = [(x, math.nan if y is None else y) for x, y in points if x is not None]
-        return np.array([x for x, _ in known], np.float64), np.array([y for _, y in known], np.float64)
+        x, y = self.rows.dense("progress/epoch", instead="epoch"), self.rows.dense(key)
+        return x[np.isfinite(x)], y[np.isfinite(x)]
 
     def skipped_share(self) -> tuple[np.ndarray, np.ndarray]:
         """Samples skipped so far over the passes, as a share of training everything: (N,) float64 each."""
@@ -106,8 +103,13 @@ class Run:
 
     def last(self, key: str) -> float | None:
         """The newest value of a key, None where it was never measured."""
-        values = (as_number(row.get(key)) for row in reversed(self.rows))
-        return next((value for value in values if value is not None), None)
+        values = self.rows.numbers(key)
+        return float(values[-1]) if values.size else None
+
+    def best(self, key: str) -> float | None:
+        """The highest value of a key, None where it was never measured."""
+        values = self.rows.numbers(key)
+        return float(values.max()) if values.size else None
 
 
 def open_run(folder: Path, name: str = "") -> Run:
@@ -124,7 +126,8 @@ def open_run(folder: Path, name: str = "") -> Run:
             raise
         progress = {}
         notes.append(str(error))
-    rows, sessions = (_rows(folder / name, notes) for name in (METRICS_NAME, SESSIONS_NAME))
+    rows = _read(folder / METRICS_NAME, notes, lambda path: Rows(row for row, _ in stream(path))) or Rows()
+    sessions = _read(folder / SESSIONS_NAME, notes, read) or []
     env = _parsed(folder / "env.json", notes, dict)
     classes = _parsed(folder / "classes.json", notes, list)
     return Run(
@@ -138,15 +141,6 @@ def open_run(folder: Path, name: str = "") -> Run:
         classes=[str(name) for name in classes],
         notes=notes,
     )
-
-
-def as_number(value: Any) -> float | None:
-    """A number, or None for anything else: rows may hold null, and what others have written into them.
-
-    None as well for what is not finite, or so large that arithmetic with it would not be.
-    """
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if is_number and -_LARGEST < value < _LARGEST else None
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -171,18 +165,19 @@ def is_free(name: str) -> bool:
     return name in FREE_BETWEEN_SESSIONS or name.split(".")[0] in FREE_BETWEEN_SESSIONS
 
 
-def _rows(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+def _read(path: Path, notes: list[str], read_rows: Callable[[Path], Held]) -> Held | None:
+    """What `read_rows` finds in a file of rows; None where it cannot be read."""
+    found = None
     with warnings.catch_warnings(record=True) as damage:
         warnings.simplefilter("always", RuntimeWarning)
         try:
-            rows = read(path)
+            found = read_rows(path)
         except OSError as error:
             notes.append(f"{path}: cannot be read ({error.strerror}).")
-            rows = []
     notes += [str(warning.message) for warning in damage]
     if not path.is_file():
         notes.append(f"{path}: missing.")
-    return rows
+    return found
 
 
 def _parsed(path: Path, notes: list[str], kind: type) -> Any:

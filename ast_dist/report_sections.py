@@ -70,7 +70,7 @@ def status_facts(run: Run) -> dict[str, str]:
         "step": known(progress, "step", "{:,}"),
         "best val top-1": percent(best_acc1(run)),
         "last val top-1": percent(run.last("val/acc1")),
-        "best EMA top-1": percent(best(run, "val/ema_acc1")),
+        "best EMA top-1": percent(run.best("val/ema_acc1")),
         "time spent": duration(as_number(progress.get("total_s"))),
         "time left": left,
         "sessions": known(progress, "sessions"),
@@ -293,14 +293,9 @@ def policy(run: Run) -> str:
     return str(run.progress.get("policy") or run.setting("gate.policy") or "-")
 
 
-def best(run: Run, key: str) -> float | None:
-    """The highest value of a key."""
-    return max((value for row in run.rows if (value := as_number(row.get(key))) is not None), default=None)
-
-
 def best_acc1(run: Run) -> float | None:
     """The best validation top-1, percent: of the rows or, where rows were lost, of progress.json."""
-    found = [best(run, "val/acc1"), as_number(run.progress.get("best_acc1"))]
+    found = [run.best("val/acc1"), as_number(run.progress.get("best_acc1"))]
     return max((value for value in found if value is not None), default=None)
 
 

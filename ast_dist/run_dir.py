@@ -131,7 +131,8 @@ def _told_to_person(run_dir: Path) -> str | None:
 def rolled_back_epochs(run_dir: Path) -> set[int]:
     """Epochs in which the run went back to its last checkpoint because its loss was not finite."""
     rows = read_rows(run_dir / "sessions.jsonl")
-    return {int(row["epoch"]) for row in rows if row.get("event") == "rollback"}
+    told = [row.get("epoch") for row in rows if row.get("event") == "rollback"]
+    return {epoch for epoch in told if isinstance(epoch, int)}
 
 
 def take(config: Config, manifests: dict[str, str], classes: list[str]) -> Lease:

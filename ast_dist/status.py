@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from ast_dist.errors import run_command
+from ast_dist.errors import UserError, run_command
 from ast_dist.track.progress import (
     as_it_is_now,
     checkpoint_age_s,
@@ -23,6 +23,7 @@ from ast_dist.track.progress import (
 )
 
 WATCH_INTERVAL_S = 2.0
+UNREADABLE = "unreadable"
 _AGES = {"checkpoint_age_s"}  # they change while nothing happens
 KEYS = "state epoch step best_acc1 last_acc1 sessions restarts total_s eta_s checkpoint".split()
 
@@ -41,7 +42,10 @@ def status(run_dir: Path | str) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    """Print the runs' status; with --watch, again whenever it changes, until all are finished, paused or failed."""
+    """Print the runs' status; with --watch, again whenever it changes, until all are finished, paused or failed.
+
+    Of several runs, one that cannot be read hides no other: its state is "unreadable", and the exit code is 2.
+    """
     parser = argparse.ArgumentParser(prog="python -m ast_dist.status", description="Tell where a run stands.")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a run's folder, as --run-dir named it")
     parser.add_argument("--json", action="store_true", help="print one JSON object a line instead of text")
@@ -50,17 +54,33 @@ def main(argv: list[str]) -> int:
     has_screen = sys.stdout.isatty() and os.environ.get("TERM", "dumb") != "dumb"
     in_place = arguments.watch and not arguments.json and has_screen
     shown: dict[str, dict[str, Any]] = {}
+    last_state: dict[str, Any] = {}
     while True:
-        now = {run: status(run) for run in arguments.runs}
+        now = {run: _look(run) for run in arguments.runs}
+        unreadable = [found["message"] for found in now.values() if found["state"] == UNREADABLE]
+        if unreadable and len(now) == 1 and not shown:
+            raise UserError(unreadable[0])
         settled = {run: {key: value for key, value in found.items() if key not in _AGES} for run, found in now.items()}
         if settled != shown or in_place:
             changed = [found for run, found in now.items() if settled[run] != shown.get(run)]
             show(changed if arguments.json else list(now.values()), as_json=arguments.json, in_place=in_place)
             shown = settled
-        # "stopped" is watched on: between a killed worker and its restart nobody holds the run.
-        if not arguments.watch or not any(found["state"] in ("running", "stopped") for found in now.values()):
-            return 0
+        # "stopped" is watched on: between a killed worker and its restart nobody holds the run. So is a run that cannot
+        # be read any more: it may be on its way to another place, to begin anew.
+        last_state |= {run: found["state"] for run, found in now.items() if found["state"] != UNREADABLE}
+        if not arguments.watch or not any(state in ("running", "stopped") for state in last_state.values()):
+            for message in unreadable:
+                print(f"error: {message}", file=sys.stderr)
+            return 2 if unreadable else 0
         time.sleep(WATCH_INTERVAL_S)
+
+
+def _look(run: str) -> dict[str, Any]:
+    """As `status`; of what cannot be read, its state is "unreadable" and its message says why."""
+    try:
+        return status(run)
+    except (UserError, OSError) as error:
+        return {**dict.fromkeys(KEYS), "state": UNREADABLE, "message": str(error), "run_dir": run}
 
 
 def show(runs: list[dict[str, Any]], as_json: bool, in_place: bool) -> None:
@@ -82,7 +102,8 @@ def table(runs: list[dict[str, Any]]) -> str:
     rows = [("run", "state", "epoch", "step", "best top-1", "spent", "left", "sessions", "warnings")]
     for run in runs:
         best = "-" if run["best_acc1"] is None else f"{run['best_acc1']:.2f} %"
-        count = "-" if run["epoch"] is None else f"{run['epoch']}/{run.get('epochs', '-')}"
+        done, epochs = ("-" if value is None else str(value) for value in (run["epoch"], run.get("epochs")))
+        count = "-" if run["epoch"] is None else f"{done}/{epochs}"
         step = "-" if run["step"] is None else f"{run['step']:,}"
         left = time_left_text(run).replace(" left", "") or "-"
         told = (run["sessions"], run.get("warnings"))

@@ -43,6 +43,8 @@ from ast_dist.trainer import Trainer
 
 # Signals reach the hosts of a job within a second or two of each other.
 _PEER_PATIENCE_S = 3.0
+# Held by the one call of `train` that this process is in: what it sets and gives back is the whole process's.
+_CALL = threading.Lock()
 
 
 def train(**settings: Any) -> dict[str, Any]:
@@ -72,12 +74,28 @@ def train(**settings: Any) -> dict[str, Any]:
     (fault.watchdog_s) ends the whole process. One call at a time; a process group of your own must be closed before.
     Under torchrun, call it in every process.
     """
+    if not _CALL.acquire(blocking=False):
+        raise UserError(
+            "ast_dist.train() is running in this process already, in another thread or around this call, and trains "
+            "one run at a time. Train one after the other, or in a process each."
+        )
+    try:
+        return _train_here(to_argv(settings))
+    finally:
+        _CALL.release()
+
+
+def _train_here(argv: list[str]) -> dict[str, Any]:
     if torch.distributed.is_initialized():
         raise UserError(
-            "ast_dist.train() makes a process group of its own, but this process is in one already: another training, "
-            "or one of your own, which torch.distributed.destroy_process_group() closes. Train one after the other."
+            "ast_dist.train() makes a process group of its own, but this process is in one already, "
+            "which torch.distributed.destroy_process_group() closes. Train one after the other."
         )
-    argv = to_argv(settings)
+    if {"-h", "--help"} & set(argv):
+        raise UserError(
+            "help is no setting of ast_dist.train(). help(ast_dist.train) describes the call, and "
+            "python -m ast_dist.train --help every setting."
+        )
     with _process_as_before():
         try:
             code = main(argv)

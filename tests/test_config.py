@@ -269,10 +269,21 @@ class TestDifferences:
         config = to_dict(on_the_command_line("--optim.lr=0.1", "--optim.weight-decay=5e-5"))
         assert differences(yaml.safe_load(yaml.safe_dump(config)), config) == []
 
-    def test_a_setting_that_one_side_lacks_is_a_difference(self):
+    def test_a_setting_that_a_run_of_an_older_version_lacks_had_its_default(self):
         new = to_dict(on_the_command_line())
         old = {**new, "gate": {k: v for k, v in new["gate"].items() if k != "ki"}}
-        assert differences(old, new) == ["gate.ki: None → 0.05"]
+        assert differences(old, new) == []
+        assert differences(old, to_dict(on_the_command_line("--gate.ki=0.1"))) == ["gate.ki: 0.05 → 0.1"]
+        without_section = {key: value for key, value in new.items() if key != "gate"}
+        assert differences(without_section, new) == []
+        changed = to_dict(on_the_command_line("--gate.ki=0.1"))
+        assert differences(without_section, changed) == ["gate.ki: 0.05 → 0.1"]
+        assert differences(new, {**new, "manifest": {"train": "0f"}}) == ["manifest.train: None → 0f"]
+
+    def test_a_setting_of_a_newer_version_is_a_difference_that_an_upgrade_mends(self):
+        new = to_dict(on_the_command_line())
+        [said] = differences({**new, "gate": {**new["gate"], "depth": 3}}, new)
+        assert said.startswith("gate.depth: 3 → unknown here") and "upgrade ast-dist" in said
 
 
 def test_a_configuration_cannot_be_changed():

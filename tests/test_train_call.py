@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shutil
 import signal
 import sys
 import threading
@@ -92,6 +93,9 @@ def test_epoch_rows_tell_the_pace_from_which_the_next_session_knows_the_time_lef
         ({"data": {"train": "no/such/folder"}}, "no/such/folder"),
         ({"run_dir": ""}, "--run-dir is missing"),
         ({"colour": "red"}, "colour"),
+        ({"run_dir": None}, "run_dir has no value"),
+        ({"gate": {"target_rate": None}}, "gate.target_rate has no value"),
+        ({"help": True}, "help is no setting"),
     ],
 )
 def test_bad_input_is_a_user_error_of_one_line_and_changes_nothing(
@@ -99,7 +103,7 @@ def test_bad_input_is_a_user_error_of_one_line_and_changes_nothing(
 ) -> None:
     given = settings(shards, tmp_path / "run")
     given |= {name: given.get(name, {}) | value for name, value in wrong.items() if isinstance(value, dict)}
-    given |= {name: value for name, value in wrong.items() if isinstance(value, str)}
+    given |= {name: value for name, value in wrong.items() if not isinstance(value, dict)}
     with pytest.raises(ast_dist.UserError) as refusal:
         ast_dist.train(**given)
     assert said in str(refusal.value) and "\n" not in str(refusal.value)
@@ -112,6 +116,18 @@ def test_a_folder_of_another_run_is_refused_and_stays_as_it_is(finished: Path, s
     with pytest.raises(ast_dist.UserError, match="another configuration"):
         ast_dist.train(**settings(shards, finished, seed=7))
     assert snapshot(finished) == before
+
+
+def test_a_run_saved_by_a_version_that_lacked_a_setting_goes_on(finished: Path, shards: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(finished, run_dir)
+    saved = yaml.safe_load((run_dir / "config.yaml").read_text())
+    del saved["gate"]["hard_tail_visits"]
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(saved))
+    ended = ast_dist.train(**settings(shards, run_dir))
+    assert (ended["state"], ended["sessions"]) == ("finished", 2)
+    with pytest.raises(ast_dist.UserError, match="gate.hard_tail_visits: 4 → 3"):
+        ast_dist.train(**settings(shards, run_dir, gate={"hard_tail_visits": 3}))
 
 
 def test_a_dry_run_returns_nothing_and_writes_nothing(
@@ -161,6 +177,32 @@ def test_a_process_group_of_ones_own_is_refused(shards: Path, tmp_path: Path) ->
     finally:
         torch.distributed.destroy_process_group()
     assert not list(tmp_path.iterdir())
+
+
+def test_of_two_calls_at_once_one_trains_and_the_other_is_refused_untouched(
+    finished: Path, shards: Path, tmp_path: Path
+) -> None:
+    gate = threading.Barrier(2)
+    ended: dict[str, Any] = {}
+
+    def call(name: str) -> None:
+        gate.wait()
+        try:
+            ended[name] = ast_dist.train(**settings(shards, tmp_path / name))
+        except BaseException as error:  # noqa: BLE001 - a thread's error is the test's to tell
+            ended[name] = error
+
+    threads = [threading.Thread(target=call, args=(name,)) for name in ("a", "b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    [trained] = [name for name, found in ended.items() if isinstance(found, dict)]
+    [refused] = [name for name, found in ended.items() if isinstance(found, ast_dist.UserError)]
+    assert "one run at a time" in str(ended[refused])
+    assert state_hash(tmp_path / trained) == state_hash(finished) and not (tmp_path / refused).exists()
+    dry = settings(shards, tmp_path / refused, dry_run=True)
+    assert ast_dist.train(**dry) == {}, "a call that is over holds nothing"
 
 
 SCRIPT = """

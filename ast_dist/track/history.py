@@ -6,15 +6,19 @@ writing cuts it off. The length in bytes goes into every checkpoint: after a res
 a resumed run has each row once.
 """
 
+import contextlib
 import json
 import math
 import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ast_dist.errors import UserError
+
+LARGEST = 1e200
+_CHUNK_BYTES = 1 << 20
 
 
 class History:
@@ -29,10 +33,17 @@ class History:
 
     def _open(self) -> None:
         self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        raw = self.path.read_bytes()
-        self._length = raw.rfind(b"\n") + 1
-        self._num_rows = raw.count(b"\n")
-        self._has_torn_line = self._length < len(raw)
+        self._survey()
+
+    def _survey(self) -> None:
+        """Count the rows, and find where the last whole one ends."""
+        self._length = self._num_rows = num_bytes = 0
+        while chunk := os.pread(self._descriptor, _CHUNK_BYTES, num_bytes):
+            self._num_rows += chunk.count(b"\n")
+            if b"\n" in chunk:
+                self._length = num_bytes + chunk.rindex(b"\n") + 1
+            num_bytes += len(chunk)
+        self._has_torn_line = self._length < num_bytes
 
     @property
     def length(self) -> int:
@@ -81,9 +92,7 @@ class History:
                 f"{self._length:,}). Restore the {self.path.name} of the run that the checkpoint comes from."
             )
         os.ftruncate(self._descriptor, length)
-        self._has_torn_line = False
-        self._length = length
-        self._num_rows = self.path.read_bytes().count(b"\n")
+        self._survey()
 
     def set_aside(self) -> Path:
         """Keep the file under another name, for a person to look at, and go on with an empty one."""
@@ -118,26 +127,40 @@ def read(path: Path | str) -> list[dict[str, Any]]:
     A last line without its end is a write under way, or one cut short by a kill: passed over. Damage before that is
     not silent: the rows that can be read come back, under one RuntimeWarning that names the lines left out.
     """
+    return [row for row, _ in stream(path)]
+
+
+def stream(path: Path | str) -> Iterator[tuple[dict[str, Any], int]]:
+    """As `read`, one row after the other, each with the byte behind its end: the file may be larger than the memory."""
     path = Path(path)
-    try:
-        raw = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    rows, damaged = [], []
-    for number, line in enumerate(raw.split(b"\n")[:-1], start=1):
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            damaged.append(number)
+    end, num_rows, damaged = 0, 0, []
+    with contextlib.suppress(FileNotFoundError), path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            end += len(line)
+            if not line.endswith(b"\n"):
+                break
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):  # the latter of what is nested too deeply
+                row = None
+            if isinstance(row, dict):
+                num_rows += 1
+                yield row, end
+            else:
+                damaged.append(number)
     if damaged:
         named = ", ".join(map(str, damaged[:5])) + (", …" if len(damaged) > 5 else "")
-        message = f"{path}: {len(damaged)} of {len(rows) + len(damaged)} rows cannot be read (line {named}); left out."
+        message = f"{path}: {len(damaged)} of {num_rows + len(damaged)} rows cannot be read (line {named}); left out."
         warnings.warn(message, RuntimeWarning, stacklevel=2)
-    return rows
+
+
+def as_number(value: Any) -> float | None:
+    """A number, or None for anything else: rows may hold null, and what others have written into them.
+
+    None as well for what is not finite, or so large that arithmetic with it would not be.
+    """
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if is_number and -LARGEST < value < LARGEST else None
 
 
 def encode(row: Mapping[str, Any]) -> bytes:

@@ -13,12 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from ast_dist.errors import UserError
-from ast_dist.track.history import plain
+from ast_dist.track.history import as_number, plain
 
 PROGRESS_NAME = "progress.json"
 STATUS_NAME = "STATUS.txt"
 # What tells of the time left; None is unknown.
 LEFT_KEYS = ("eta_s", "eta_low_s", "eta_high_s", "sessions_left_low", "sessions_left_high")
+NUMBER_KEYS = (
+    *("epoch", "epochs", "step", "num_samples", "best_acc1", "last_acc1", "total_s", "gpu_joules"),
+    *("sessions", "restarts", "session_hours", "warnings", *LEFT_KEYS),
+)
 LEASE_NAME = ".lease"  # rank 0 holds an exclusive flock on it as long as it runs
 
 
@@ -41,7 +45,10 @@ def write_progress(run_dir: Path | str, progress: Mapping[str, Any]) -> None:
 
 
 def read_progress(run_dir: Path | str) -> dict[str, Any]:
-    """Read RUN/progress.json. Raises UserError when the folder, the file or its content is not a run's."""
+    """Read RUN/progress.json; what should be a number and is none is None.
+
+    Raises UserError when the folder, the file or its content is not a run's.
+    """
     path = Path(run_dir) / PROGRESS_NAME
     if not path.parent.is_dir():
         raise UserError(f"{run_dir}: no such folder. Name the folder that --run-dir named.")
@@ -52,11 +59,14 @@ def read_progress(run_dir: Path | str) -> dict[str, Any]:
             f"{run_dir}: no {PROGRESS_NAME} in this folder, so it is no run, or its training has not begun. "
             "Name the folder that --run-dir named."
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}). The next save of the run writes it anew.") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
     if not isinstance(progress, dict):
         raise UserError(f"{path}: expected an object, found a {type(progress).__name__}.")
-    return progress
+    odd = [key for key in NUMBER_KEYS if as_number(progress.get(key)) is None]
+    return {key: None if key in odd else value for key, value in progress.items()}
 
 
 def replace_atomically(path: Path, content: bytes) -> None:

@@ -15,6 +15,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ast_dist.track.history import as_number
+
 RECENT = 20
 SHARES = (0.1, 0.9)
 WIDENING = 0.3
@@ -52,8 +54,10 @@ def epoch_stretches(rows: Iterable[Mapping[str, Any]]) -> list[Stretch]:
     """
     found = []
     for row in rows:
-        seconds, pace = row.get("perf/epoch_s"), row.get("perf/s_per_sample")
-        if row.get("kind") == "epoch" and seconds and pace:
+        if row.get("kind") != "epoch":
+            continue
+        seconds, pace = as_number(row.get("perf/epoch_s")), as_number(row.get("perf/s_per_sample"))
+        if seconds and pace:
             found.append(Stretch(seconds, seconds / pace))
     return found
 

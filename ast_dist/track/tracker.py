@@ -21,7 +21,7 @@ from ast_dist.track.callbacks import Callbacks
 from ast_dist.track.console import Console
 from ast_dist.track.dashboard_process import DashboardProcess
 from ast_dist.track.hardest import Hardest
-from ast_dist.track.history import History, read
+from ast_dist.track.history import History, as_number, read, stream
 from ast_dist.track.progress import LEFT_KEYS, read_progress, write_progress
 from ast_dist.track.summary import summary
 from ast_dist.track.time_left import RECENT, Stretch, epoch_stretches
@@ -51,7 +51,7 @@ class Tracker:
         self._history = History(self.run_dir / "metrics.jsonl")
         self._sessions = History(self.run_dir / "sessions.jsonl")
         told = read(self._sessions.path)
-        starts = [row for row in told if "event" not in row]
+        starts = [row for row in told if "event" not in row and isinstance(row.get("session"), int)]
         before = max((row["session"] for row in starts), default=0)
         self._start_row: dict[str, Any] = {
             "session": max(1, before if restart else before + 1),
@@ -67,7 +67,7 @@ class Tracker:
             "checkpoint_verified_at": None,
             "epochs": epochs,
             "sessions": self._start_row["session"],
-            "restarts": sum(row["restart"] > 0 for row in starts) + (restart > 0),
+            "restarts": sum((as_number(row.get("restart")) or 0) > 0 for row in starts) + (restart > 0),
             "needs_person": False,
             "policy": config.gate.policy,
             "run_dir": str(run_dir),
@@ -78,7 +78,7 @@ class Tracker:
         session = self._start_row["session"]
         warned = [row for row in told if row.get("event") == "warning" and row.get("session") == session]
         if warned:
-            self._progress |= {"warnings": len(warned), "last_warning": warned[-1]["text"]}
+            self._progress |= {"warnings": len(warned), "last_warning": str(warned[-1].get("text", ""))}
         self._is_started = False
         self._early_warnings: list[dict[str, Any]] = []
         self._costs: dict[str, Any] = {}
@@ -131,15 +131,8 @@ class Tracker:
         A metrics.jsonl that is not the checkpoint's is set aside, with a warning.
         """
         kept = dict(session or {}) if checkpoint else {}
-        rows = read(self._history.path)
-        self.stretches.extend(epoch_stretches(rows))
-        try:
-            self._history.truncate(int(kept.get("history_bytes", 0)))
-        except UserError as error:
-            # The checkpoint is sound, and what was told of the way to it must not keep the run from going on.
-            aside = self._history.set_aside() if self._history.path.stat().st_size else None
-            self.warn(f"{error} Going on with an empty one" + (f"; the old one is now {aside.name}." if aside else "."))
-        self._restore(checkpoint, float(kept.get("total_s", 0.0)), rows)
+        restored = self._look_back(int(kept.get("history_bytes", 0)))
+        self._restore(checkpoint, float(kept.get("total_s", 0.0)))
         steps_before, self._last_sign_of_life = previous_beat or (resumed_from_step, None)
         repeated = max(0, steps_before - resumed_from_step)
         self._start_row |= {
@@ -151,8 +144,6 @@ class Tracker:
             **({"started": dict(started)} if started else {}),
         }
         self._progress |= {"step": resumed_from_step, "checkpoint": checkpoint, "num_samples": num_samples}
-        for row in read(self._history.path):
-            self._note_costs(row)
         self._keep(self._sessions, self._start_row)
         self._is_started = True
         for row in self._early_warnings:
@@ -170,7 +161,7 @@ class Tracker:
             run_id=self._wandb_id_before,
             warn=self.warn,
             inform=lambda text: self._view("the console", self.console.message, text),
-            restored=read(self._history.path),
+            restored=restored,
             group=track.wandb_group,
             tags=[*track.wandb_tags, self._config.gate.policy, *filter(None, [self._config.preset])],
             keeps_artifacts=track.wandb_artifacts,
@@ -265,14 +256,38 @@ class Tracker:
         self._history.close()
         self._sessions.close()
 
-    def _restore(self, checkpoint: str | None, saved_total_s: float, rows: list[dict[str, Any]]) -> None:
+    def _look_back(self, kept_bytes: int) -> list[dict[str, Any]]:
+        """Take from the rows so far what is needed, cut those past `kept_bytes`, and return the others for W&B alone.
+
+        A run has millions of rows in the end, and each start waits for this.
+        """
+        restored: list[dict[str, Any]] = []
+        newest: dict[str, Any] = {}
+        for row, end in stream(self._history.path):
+            self.stretches.extend(epoch_stretches([row]))
+            self._total_before_s = as_number(row.get("time/total_s")) or 0.0
+            if end <= kept_bytes:
+                newest = row if row.get("kind") == "epoch" else newest | row
+                if self._config.track.wandb != "off":
+                    restored.append(row)
+        try:
+            self._history.truncate(kept_bytes)
+        except UserError as error:
+            # The checkpoint is sound, and what was told of the way to it must not keep the run from going on.
+            aside = self._history.set_aside() if self._history.path.stat().st_size else None
+            self.warn(f"{error} Going on with an empty one" + (f"; the old one is now {aside.name}." if aside else "."))
+            restored, newest = [], {}
+        self._note_costs({**newest, "kind": "epoch"})
+        return restored
+
+    def _restore(self, checkpoint: str | None, saved_total_s: float) -> None:
         """Take up the time spent so far, also on steps that are about to be repeated, and the checkpoint's age."""
         try:
             previous = read_progress(self.run_dir)
         except UserError:
             previous = {}
-        last_row_s = rows[-1].get("time/total_s") if rows else None
-        self._total_before_s = max(saved_total_s, previous.get("total_s") or 0.0, last_row_s or 0.0)
+        told_s = as_number(previous.get("total_s")) or 0.0
+        self._total_before_s = max(saved_total_s, told_s, self._total_before_s)
         if checkpoint and previous.get("checkpoint") == checkpoint:
             self._progress["checkpoint_at"] = previous.get("checkpoint_at")
 

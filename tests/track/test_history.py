@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ast_dist.errors import UserError
-from ast_dist.track.history import History, encode, read
+from ast_dist.track.history import History, encode, read, stream
 
 values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False)
@@ -98,7 +98,7 @@ def test_a_torn_last_line_is_passed_over_by_readers_and_cut_by_the_next_writer(t
     assert read(path) == [{"global_step": 1}, {"global_step": 3}]
 
 
-@pytest.mark.parametrize("damage", [b'{"global_step": ', b"\x00\x00\x00", b"", b"[1, 2]", b'"text"'])
+@pytest.mark.parametrize("damage", [b'{"global_step": ', b"\x00\x00\x00", b"", b"[1, 2]", b'"text"', b"[" * 100_000])
 def test_damage_before_the_last_line_is_told_with_its_line_number(tmp_path, damage):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(b'{"a": 1}\n{"a": 2}\n' + damage + b'\n{"a": 4}\n')
@@ -108,6 +108,30 @@ def test_damage_before_the_last_line_is_told_with_its_line_number(tmp_path, dama
 
 def test_an_absent_file_has_no_rows(tmp_path):
     assert read(tmp_path / "metrics.jsonl") == []
+    assert list(stream(tmp_path / "metrics.jsonl")) == []
+
+
+def test_rows_come_one_by_one_with_the_byte_behind_their_end(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"a": "\xc3\xa9"}\n{"a": 2}\n{"a"')
+    found = list(stream(path))
+    assert found == [({"a": "é"}, 12), ({"a": 2}, 21)]
+    history = History(path)
+    assert (history.num_rows, history.length) == (2, 21)
+    history.close()
+
+
+def test_rows_are_counted_across_the_chunks_in_which_a_long_file_is_read(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    rows = [b'{"a": "%s"}\n' % (b"x" * length) for length in (0, 3, 40, 7, 0)]
+    for chunk_bytes in (1, 7, 9, 16, 1 << 20):
+        monkeypatch.setattr("ast_dist.track.history._CHUNK_BYTES", chunk_bytes)
+        path.write_bytes(b"".join(rows) + b'{"torn')
+        history = History(path)
+        assert (history.num_rows, history.length) == (5, sum(map(len, rows)))
+        history.truncate(sum(map(len, rows[:3])))
+        assert (history.num_rows, path.read_bytes()) == (3, b"".join(rows[:3]))
+        history.close()
 
 
 def test_every_row_is_with_the_operating_system_when_append_returns(tmp_path):

@@ -11,6 +11,9 @@ import termios
 import pyte
 import pytest
 
+from ast_dist.status import main
+from ast_dist.track.progress import NUMBER_KEYS
+
 KEYS = ["state", "epoch", "step", "best_acc1", "last_acc1", "sessions", "restarts", "total_s", "eta_s", "checkpoint"]
 
 
@@ -90,7 +93,7 @@ def test_watching_tells_each_change_and_ends_with_the_run(make_run):
 LEFT = {"eta_s": 31.0, "eta_low_s": 28.0, "eta_high_s": 40.0, "sessions_left_low": 1, "sessions_left_high": 2}
 
 
-def change(run_dir, **fields):
+def change(run_dir, /, **fields):
     path = run_dir / "progress.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
@@ -123,7 +126,51 @@ def test_several_runs_are_a_table_with_a_line_each(make_run, tmp_path):
     assert "0:31 (0:28 to 0:40)" in lines[1] and lines[1].split()[-2:] == ["1", "2"]
     told = [json.loads(line) for line in status(first, second, "--json").stdout.splitlines()]
     assert [run["state"] for run in told] == ["finished", "paused"]
-    assert status(first, tmp_path / "absent").returncode == 2
+
+
+def test_a_run_that_cannot_be_read_hides_no_other_and_the_exit_code_tells(make_run, tmp_path):
+    run_dir, absent = make_run(state="finished"), tmp_path / "absent"
+    (tmp_path / "odd" / "progress.json").mkdir(parents=True)
+    ended = status(absent, run_dir, tmp_path / "odd")
+    assert ended.returncode == 2
+    assert [line.split()[1] for line in ended.stdout.splitlines()[1:]] == ["unreadable", "finished", "unreadable"]
+    first, second = ended.stderr.splitlines()
+    assert first.startswith(f"error: {absent}: no such folder") and "odd/progress.json: cannot be read" in second
+    assert [json.loads(line)["state"] for line in status(absent, run_dir, "--json").stdout.splitlines()] == [
+        *("unreadable", "finished")
+    ]
+
+
+def test_watching_goes_on_while_a_run_is_moved_aside_and_begun_anew(make_run, tmp_path):
+    run_dir = make_run(epochs_done=2, state="running")
+    command = [sys.executable, "-m", "ast_dist.status", str(run_dir), "--json", "--watch"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watcher:
+        assert json.loads(watcher.stdout.readline())["state"] == "stopped"
+        run_dir.rename(tmp_path / "aside")
+        told = json.loads(watcher.stdout.readline())
+        assert told["state"] == "unreadable" and "no such folder" in told["message"]
+        make_run(epochs_done=1, state="finished")
+        while told["state"] == "unreadable":  # a look in the middle of the writing finds a folder that is no run yet
+            told = json.loads(watcher.stdout.readline())
+        assert (told["state"], told["epoch"]) == ("finished", 1)
+        assert watcher.wait() == 0
+
+
+ODD = ("abc", "1", float("inf"), float("nan"), True, [1], {}, 10**400)
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda value: str(value)[:5])
+def test_odd_values_in_progress_json_are_shown_as_unknown(make_run, capsys, odd):
+    run_dir = make_run(state="paused")
+    change(run_dir, **dict.fromkeys(NUMBER_KEYS, odd))
+    assert main([str(run_dir)]) == 0
+    text = capsys.readouterr().out
+    assert "epoch       - of -, step -\n" in text and "best -, last -\n" in text and "time        - spent\n" in text
+    assert main([str(run_dir), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert {told[key] for key in NUMBER_KEYS} == {None}
+    assert main([str(run_dir), str(run_dir.parent)]) == 2
+    assert capsys.readouterr().out.splitlines()[1].split()[1:] == ["paused", *"- - - - - - -".split()]
 
 
 def test_watching_on_a_terminal_shows_one_screen_that_changes_in_place(make_run):

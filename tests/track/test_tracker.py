@@ -7,10 +7,12 @@ import select
 import subprocess
 import sys
 import time
+import tracemalloc
 
 from ast_dist.config import Config, DataConfig, LoopConfig, TrackConfig
+from ast_dist.run_dir import rolled_back_epochs
 from ast_dist.track.console import Console
-from ast_dist.track.history import read
+from ast_dist.track.history import encode, read
 from ast_dist.track.progress import read_progress
 from ast_dist.track.tracker import Tracker
 from tests.track.wandb_log import records
@@ -125,6 +127,65 @@ def test_a_start_from_nothing_keeps_no_rows_of_the_attempt_before(tmp_path):
     assert read(run_dir / "sessions.jsonl")[-1]["steps_repeated"] == 12
     for tracker in (before, after):
         tracker.close("failed")
+
+
+def test_what_was_spent_so_far_is_of_the_rows_that_the_checkpoint_keeps(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    before = make_tracker(run_dir, quiet=True)
+    before.start()
+    before.epoch({**EPOCH, "cost/samples_skipped": 5, "cost/flops_saved": 0.25})
+    before.step({**STEP, "cost/samples_skipped": 7})
+    session = {"history_bytes": before.history_bytes, "total_s": before.total_s}
+    before.step({**STEP, "cost/samples_skipped": 99})
+    capsys.readouterr()
+    after = make_tracker(run_dir, restart=1)
+    after.start("step-00000010", resumed_from_step=10, session=session)
+    after.close("failed")
+    shown = capsys.readouterr().out
+    assert re.search(r"^samples skipped +7$", shown, re.MULTILINE)
+    assert re.search(r"^FLOPs saved +25.0 %$", shown, re.MULTILINE)
+    before.close("failed")
+
+
+def test_a_start_holds_no_history_in_memory(tmp_path):
+    run_dir = tmp_path / "run"
+    tracker = make_tracker(run_dir, quiet=True)
+    row = {**EPOCH, "kind": "epoch", "perf/epoch_s": 5.0, "perf/s_per_sample": 0.1}
+    row |= {f"cost/{number}": 1.0 for number in range(40)}
+    path = run_dir / "metrics.jsonl"
+    path.write_bytes(encode(row) * 10_000)
+    num_bytes = path.stat().st_size
+    tracemalloc.start()
+    try:
+        again = make_tracker(run_dir, quiet=True)
+        again.start("step-00000010", session={"history_bytes": num_bytes, "total_s": 1.0})
+        _, peak_bytes = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak_bytes < num_bytes / 2, (peak_bytes, num_bytes)
+    assert len(again.stretches) == 20 and path.stat().st_size == num_bytes
+    for each in (tracker, again):
+        each.close("failed")
+
+
+def test_rows_that_others_wrote_into_a_runs_files_do_not_stop_a_start(tmp_path):
+    run_dir = tmp_path / "run"
+    before = make_tracker(run_dir, quiet=True)
+    before.start()
+    before.close("paused")
+    foreign = [{}, {"session": None}, {"session": "3", "restart": "1"}, {"session": 1, "restart": None}]
+    foreign += [{"session": 2, "event": "warning"}, {"event": "rollback"}, {"event": "rollback", "epoch": "x"}]
+    with (run_dir / "sessions.jsonl").open("ab") as sessions:
+        sessions.write(b"".join(map(encode, foreign)))
+    odd = {"kind": "epoch", "time/total_s": "long", "perf/epoch_s": "5", "perf/s_per_sample": [1]}
+    (run_dir / "metrics.jsonl").write_bytes(encode(odd))
+    (run_dir / "progress.json").write_text('{"total_s": "long"}')
+    after = make_tracker(run_dir, quiet=True)
+    after.start("step-00000010", session={"history_bytes": len(encode(odd)), "total_s": 2.0})
+    after.close("paused")
+    progress = read_progress(run_dir)
+    assert (progress["sessions"], progress["restarts"]) == (2, 0) and progress["total_s"] >= 2.0
+    assert rolled_back_epochs(run_dir) == set()
 
 
 def test_rows_of_another_run_are_set_aside_unchanged_with_a_warning(tmp_path, capsys):
