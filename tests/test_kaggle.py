@@ -186,9 +186,33 @@ class TestTheSessionsTime:
         assert float(said[1]) - float(said[0]) >= 0.5
 
     def test_goes_on_where_the_kernel_is_restarted(self, root: Path) -> None:
-        (root / "temp/ast_dist").mkdir(parents=True)
-        (root / "temp/ast_dist/session_began").write_text("1000.5\n")
-        assert session_began(Places(root)) == 1000.5
+        began = session_began(Places(root)) - 100
+        path = Places(root).session_began
+        path.write_text(path.read_text().replace(path.read_text().split()[0], f"{began:.3f}"))
+        assert session_began(Places(root)) == pytest.approx(began, abs=0.001)
+
+    @pytest.mark.parametrize("what", ["another machine", "another boot", "another day", "no such file"])
+    def test_is_not_that_of_another_session_whose_folder_was_kept(self, root: Path, what: str) -> None:
+        now = session_began(Places(root))
+        path = Places(root).session_began
+        _, _, boot = path.read_text().strip().partition(" ")
+        host, _, boot_id = boot.partition("/")
+        left = {
+            "another machine": f"{now - 100} other/{boot_id}",
+            "another boot": f"{now - 100} {host}/other",
+            "another day": f"{now - 86400} {boot}",
+            "no such file": f"{now - 100}",
+        }
+        path.write_text(left[what])
+        assert session_began(Places(root)) == pytest.approx(now, abs=1)
+        assert path.read_text().split()[1] == boot, "and the file is this session's now"
+
+    def test_that_is_over_is_refused_with_the_file_that_says_so(
+        self, root: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = Places(root).session_began
+        line = refused(root, capsys=capsys, hours=1e-9)
+        assert f"says {path}" in line and "hours=" in line
 
     def test_is_what_the_environment_says(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(BEGAN_VARIABLE, "2000")
@@ -392,6 +416,9 @@ class TestTheCell:
         assert news(1) == 0
         os.utime(tmp_path / "dashboard.png", ns=(1, 1))
         assert news(1) == 2
+        (tmp_path / "dashboard.png").unlink()
+        assert news(1) == 1, "that it is gone"
+        assert news(1) == 0, "and no more of that"
         assert [kind for kind, _ in display.shown].count("new") == 2, "one picture and one text, in place"
 
     def test_keeps_warnings_and_shows_the_last_lines(
@@ -409,9 +436,32 @@ class TestTheCell:
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         view = NotebookView(tmp_path, types.ModuleType("no display"))
-        view.refresh()
-        view.refresh(is_last=True)
+        for _ in range(4):
+            view.refresh(is_last=True)
+        assert capsys.readouterr().err == "", "it may pass"
+        for _ in range(4):
+            view.refresh(is_last=True)
         assert capsys.readouterr().err.count("nothing more is shown here") == 1
+
+    def test_that_misreads_a_file_once_goes_on(self, tmp_path: Path, display: FakeDisplay) -> None:
+        view = NotebookView(tmp_path, display)
+        for step in ["many", 3, *["many"] * 4, 4]:
+            (tmp_path / "progress.json").write_text(json.dumps({"state": "finished", "step": step}))
+            view.refresh(is_last=True)
+        assert "step 4" in display.shown[-1][1]["text/plain"]
+
+    def test_of_a_run_that_begins_anew_shows_nothing_of_the_one_that_it_moves_aside(
+        self, tmp_path: Path, display: FakeDisplay
+    ) -> None:
+        for name, content in {"progress.json": '{"state": "paused"}', "dashboard.png": "old", "run_id": "old"}.items():
+            (tmp_path / name).write_text(content)
+        view = NotebookView(tmp_path, display, is_new=True)
+        view.refresh(is_last=True)
+        shown = [bundle["text/plain"] for _, bundle in display.shown]
+        assert shown[0] == "no dashboard yet" and shown[1].startswith("starting")
+        (tmp_path / "run_id").write_text("new")
+        view.refresh(is_last=True)
+        assert "image/png" in display.shown[-2][1] and "paused" in display.shown[-1][1]["text/plain"]
 
     def test_is_no_cell_outside_of_a_notebook(self) -> None:
         assert notebook_display() is None
