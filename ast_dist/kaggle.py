@@ -181,7 +181,7 @@ class _Session:
 
     def _check_time(self) -> None:
         limit_h = self.config.session.hours
-        # Who states when the session began, or has it end at once, may do so.
+        # Who states when the session began knows it; a file or a kernel that was forgotten surprises.
         is_over = limit_h > 0 and time.time() > self.began + limit_h * 3600 and BEGAN_VARIABLE not in os.environ
         require(
             not is_over,
@@ -203,11 +203,11 @@ class _Session:
 
     def _wait_for_predecessor(self) -> None:
         """Whatever its name: two trainings would share the GPUs."""
-        held = self._in_training()
-        if held:
+        if held := self._in_training():
             tell(f"waiting    for the training that still runs in {held[0]}, {_PREDECESSOR_PATIENCE_S:g} s at most")
-            if not wait_for_end(lambda: bool(self._in_training()), _PREDECESSOR_PATIENCE_S):
-                raise UserError(f"{held[0]}: another process trains here. Stop it, and run the cell again.")
+            wait_for_end(lambda: bool(self._in_training()), _PREDECESSOR_PATIENCE_S)
+        if held := self._in_training():
+            raise UserError(f"{held[0]}: another process trains here. Stop it, and run the cell again.")
 
     def _in_training(self) -> list[Path]:
         """The runs in working that somebody trains now."""
@@ -351,11 +351,6 @@ def main(argv: list[str]) -> int:
     except TrainingFailedError as error:
         print(f"failed: {error}", file=sys.stderr, flush=True)
         return 1
-    finally:
-        try:
-            sys.stdout.flush()
-        except OSError:  # nobody reads any more, which is no failure; Python would fail at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

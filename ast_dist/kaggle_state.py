@@ -127,8 +127,8 @@ def _of_one_run(fitting: Sequence[Path], own: Path, tell: Callable[[str], None])
     for run in fitting:
         if there and identity(run) not in (there, None):
             tell(
-                f"passed over {run}: another run of this configuration than the one in {own}, which goes on. Move that "
-                "one away to go on with the other"
+                f"passed over {run}: another run of this configuration than the one in {own}, which goes on. To go on "
+                "with the other one, move that folder out of working"
             )
         else:
             kept.append(run)

@@ -139,14 +139,11 @@ def main(argv: list[str]) -> int:
     return supervise.main(argv[1:])
 
 
-def wait_for_end(is_held: Callable[[], bool], patience_s: float) -> bool:
-    """Wait until nobody holds the run directory; whether that came in time."""
+def wait_for_end(is_held: Callable[[], bool], patience_s: float) -> None:
+    """Wait until nobody holds the run directory, for `patience_s` seconds at most."""
     deadline = time.monotonic() + patience_s
-    while is_held():
-        if time.monotonic() > deadline:
-            return False
+    while is_held() and time.monotonic() < deadline:
         time.sleep(_LOOK_S)
-    return True
 
 
 if __name__ == "__main__":

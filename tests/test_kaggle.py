@@ -6,7 +6,6 @@ The runs of the real notebook are in test_kaggle_notebook.py.
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -25,10 +24,10 @@ from ast_dist.kaggle_machine import Places, checkpoint_bytes, kaggle_secret, pro
 from ast_dist.kaggle_training import command
 from ast_dist.kaggle_view import AgentNoise, NotebookView, notebook_display
 from tests.kaggle_tree import digits, tree
-from tests.launching import environment, finish, start, steps_done, wait_for
+from tests.launching import environment, start, wait_for
 from tests.test_ilsvrc import SYNSETS, write_imagenet
 from tests.test_launch import SHOWS_ITS_WORDS, torchrun
-from tests.training import progress, snapshot, write_shards
+from tests.training import snapshot, write_shards
 
 # A mock of the probe's output on a P100, which nobody here has: torch's message where it has no kernels for a GPU.
 P100 = (
@@ -403,21 +402,6 @@ class TestATrainingThatIsWatched:
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.01)
 
-    def test_saves_when_the_cell_is_stopped_and_the_cell_ends_without_an_error(self, root: Path) -> None:
-        write_shards(root / "input/shards")
-        words = ["--data.image-size", "8", "--model.width", "8", "--loop.epochs", "500", "--track.no-dashboard"]
-        cell = start("-m", "ast_dist.kaggle", "digits", "--root", str(root), *words)
-        run_dir = root / "working/runs/digits"
-        wait_for(lambda: steps_done(run_dir) >= 3, "the third step", cell)
-        cell.send_signal(signal.SIGINT)
-        output = finish(cell)
-        assert "stopping: the training saves and ends" in output
-        assert "GPUs       none: training on the CPU" in output
-        now = progress(run_dir)
-        assert (now["state"], now["checkpoint"]) == ("paused", f"step-{now['step']:08d}")
-        assert f"saved: epoch {now['epoch']} of 500" in output
-        assert "Save Version" in output and "Traceback" not in output
-
 
 def test_what_torchrun_says_of_a_stop_is_left_out_and_other_tracebacks_are_not() -> None:
     noise = AgentNoise()
@@ -503,10 +487,15 @@ class TestTheCell:
 
     def test_that_misreads_a_file_once_goes_on(self, tmp_path: Path, display: FakeDisplay) -> None:
         view = NotebookView(tmp_path, display)
-        for step in ["many", 3, *["many"] * 4, 4]:
-            (tmp_path / "progress.json").write_text(json.dumps({"state": "finished", "step": step}))
+        for looks in (1, 4):
+            (tmp_path / "dashboard.png").mkdir()  # no picture can be read
+            for _ in range(looks):
+                view.refresh(is_last=True)
+            (tmp_path / "dashboard.png").rmdir()
             view.refresh(is_last=True)
-        assert "step 4" in display.shown[-1][1]["text/plain"]
+        view.lines(["epoch 1"])
+        view.refresh(is_last=True)
+        assert "epoch 1" in display.shown[-1][1]["text/plain"]
 
     def test_of_a_run_that_begins_anew_shows_nothing_of_the_one_that_it_moves_aside(
         self, tmp_path: Path, display: FakeDisplay

@@ -79,6 +79,7 @@ def test_the_notebook_ends_by_its_deadline_and_goes_on_from_its_output_to_the_st
     assert 0 < ended["step"] < STEPS_PER_EPOCH, "in mid-epoch"
     text = printed(outputs)
     assert f"data       {first}/input/tiny (shards, 96 training images); nothing of it is copied" in text
+    assert "GPUs       none: training on the CPU" in text
     assert "run        " in text and "from the beginning: no checkpoint of it is attached" in text
     assert f"saved: epoch 0 of 3, step {ended['step']}" in text and "session deadline" in text
     assert "to keep it: its output once you choose Save Version" in text

@@ -1,6 +1,7 @@
 """Claims about watching a training on Kaggle: nothing that goes wrong in it stops the training; and about two GPUs."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ from ast_dist.kaggle_view import PlainView, Watch, tell
 from ast_dist.run_dir import identity
 from ast_dist.track.history import read
 from tests.kaggle_tree import tree
-from tests.launching import environment
+from tests.launching import environment, finish, start, steps_done, wait_for
 from tests.training import progress, write_shards
 
 # A training without torch: it waits until its log is gone, or does not wait.
@@ -146,30 +147,31 @@ def test_a_training_under_another_name_is_not_joined_on_its_gpus(root: Path, mon
         kaggle.run("digits", root=root, resume="must")
 
 
-def test_two_processes_and_then_one_go_on_with_the_same_run(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two GPUs are a mock: the processes are real, and train on the CPU."""
+# The number of GPUs is a mock: the processes are real, and train on the CPU.
+ON_TWO = (
+    "import sys; from ast_dist import kaggle; kaggle.usable_gpus = lambda _: 2; sys.exit(kaggle.main(sys.argv[1:]))"
+)
+
+
+def test_two_processes_save_when_the_cell_is_stopped_and_one_goes_on_with_the_run(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_shards(root / "input/shards")
     run_dir = root / "working/runs/digits"
+    words = ["--data.image-size", "8", "--model.width", "8", "--loop.epochs", "500", "--track.no-dashboard"]
+    cell = start("-c", ON_TWO, "digits", "--root", str(root), *words)
+    wait_for(lambda: steps_done(run_dir) >= 3, "the third step", cell)
+    cell.send_signal(signal.SIGINT)
+    output = finish(cell)
+    assert "GPUs       2, a process each" in output
+    assert "stopping: the training saves and ends" in output
+    stopped, who = progress(run_dir), identity(run_dir)
+    assert (stopped["state"], stopped["checkpoint"]) == ("paused", f"step-{stopped['step']:08d}")
+    assert f"saved: epoch {stopped['epoch']} of 500" in output
+    assert "Save Version" in output and "Traceback" not in output
 
-    def session(gpus: int, began: float) -> None:
-        monkeypatch.setattr(kaggle, "usable_gpus", lambda _: gpus)
-        monkeypatch.setenv(BEGAN_VARIABLE, f"{began}")
-        kaggle.run(
-            "digits",
-            root=root,
-            hours=1,
-            loop={"epochs": 2, "global_batch_size": 16},
-            model={"width": 8},
-            data={"image_size": 8},
-            track={"dashboard": False},
-        )
-
-    session(gpus=2, began=1.0)  # long over: it ends in mid-epoch
-    first, who = progress(run_dir), identity(run_dir)
-    assert (first["state"], first["sessions"]) == ("paused", 1)
-    session(gpus=1, began=time.time())
-    now = progress(run_dir)
-    assert (now["state"], now["sessions"], identity(run_dir)) == ("finished", 2, who)
+    monkeypatch.setenv(BEGAN_VARIABLE, "1")  # long over: it ends at once
+    kaggle.run("digits", root=root, hours=1, words=words)
+    assert progress(run_dir)["step"] > stopped["step"] and identity(run_dir) == who
     starts = [row for row in read(run_dir / "sessions.jsonl") if "event" not in row]
-    assert [row["world_size"] for row in starts] == [2, 1]
-    assert starts[1]["resumed_from_step"] == first["step"] > 0
+    assert [(row["world_size"], row["resumed_from_step"]) for row in starts] == [(2, 0), (1, stopped["step"])]
