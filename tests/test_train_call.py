@@ -126,7 +126,7 @@ def test_a_run_saved_by_a_version_that_lacked_a_setting_goes_on(finished: Path, 
     (run_dir / "config.yaml").write_text(yaml.safe_dump(saved))
     ended = ast_dist.train(**settings(shards, run_dir))
     assert (ended["state"], ended["sessions"]) == ("finished", 2)
-    with pytest.raises(ast_dist.UserError, match="gate.hard_tail_visits: 4 → 3"):
+    with pytest.raises(ast_dist.UserError, match=r"gate\.hard_tail_visits: 4 → 3"):
         ast_dist.train(**settings(shards, run_dir, gate={"hard_tail_visits": 3}))
 
 
