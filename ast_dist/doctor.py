@@ -31,6 +31,7 @@ from ast_dist.doctor_folders import Check, check_disk, check_run_dir, probe_data
 from ast_dist.errors import run_command
 
 PROBE_DEADLINE_S = 120
+NO_ANSWER = f"no answer within {PROBE_DEADLINE_S} s"
 MIN_SHARED_MEMORY_MB = 256  # NCCL's rings between GPUs of one host; a container gets 64 MB unless told otherwise
 REINSTALL_PAIR = "pip install --force-reinstall torch torchvision"
 
@@ -251,7 +252,7 @@ def run_probe(probe: str, *arguments: str) -> list[Check]:
         child = subprocess.run(command, capture_output=True, text=True, timeout=PROBE_DEADLINE_S, check=False)
         returncode, stdout, stderr = child.returncode, child.stdout, child.stderr
     except subprocess.TimeoutExpired:
-        returncode, stdout, stderr = 1, "", f"no answer within {PROBE_DEADLINE_S} s"
+        returncode, stdout, stderr = 1, "", NO_ANSWER
     checks = [Check(**json.loads(line)) for line in stdout.splitlines() if line.startswith('{"name"')]
     _, names, remedy = PROBES[probe]
     if returncode:

@@ -14,7 +14,6 @@ import dataclasses
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +25,8 @@ from ast_dist.command_line import parse, settings_to_argv
 from ast_dist.data.index import Index, read_manifest
 from ast_dist.data.remote import open_index
 from ast_dist.errors import UserError, require, run_command
-from ast_dist.kaggle_inputs import SPLITS, DataSet, Found, ImagenetIndex, choose, look, no_data
+from ast_dist.fault.deadline import BEGAN_VARIABLE
+from ast_dist.kaggle_inputs import SPLITS, DataSet, Found, ImagenetIndex, choose, index_as_data, look, no_data
 from ast_dist.kaggle_machine import (
     GPU_SETTING,
     Places,
@@ -36,11 +36,11 @@ from ast_dist.kaggle_machine import (
     session_began,
     usable_gpus,
 )
-from ast_dist.kaggle_state import Saved, carry_over, make_room, newest
-from ast_dist.kaggle_training import Training, View, command, wait_for_end
-from ast_dist.kaggle_view import AgentNoise, NotebookView, PlainView, notebook_display
-from ast_dist.run_dir import CONFIG_NAME, fingerprint
-from ast_dist.track.progress import duration, lease_is_held, read_progress
+from ast_dist.kaggle_state import Saved, carry_over, make_room, newest, too_full
+from ast_dist.kaggle_training import Training, command, wait_for_end
+from ast_dist.kaggle_view import NotebookView, PlainView, Watch, closing_words, notebook_display, tell
+from ast_dist.run_dir import CONFIG_NAME, fingerprint, is_aside
+from ast_dist.track.progress import duration, lease_is_held
 
 ROOT_VARIABLE = "AST_DIST_KAGGLE_ROOT"
 DEFAULT_PRESET = "imagenet-kaggle"
@@ -48,7 +48,7 @@ DEFAULT_HOURS = 8.5
 WORKING_GB = 20.0
 _SECRET = "WANDB_API_KEY"
 _UNKNOWN = "?"
-_LAST_LINES = 20
+_LOG_SUFFIX = ".log"
 # A training whose kernel was restarted saves first.
 _PREDECESSOR_PATIENCE_S = 180.0
 
@@ -93,12 +93,28 @@ def run(
     Returns when all is saved; stopping the cell saves, too. Raises KaggleError, a UserError, for what can be mended:
     nothing in /kaggle/working has been replaced then. Raises TrainingFailedError where restarts gained nothing.
     """
+    _check_types(preset=preset, run_name=run_name, hours=hours, working_gb=working_gb, words=words)
     places = Places(Path(root or os.environ.get(ROOT_VARIABLE, "/kaggle")).absolute())
     try:
         argv = [*settings_to_argv(settings), *words]
-        _Session(places, preset, run_name or preset, argv, hours, resume, data_dir, working_gb).run()
+        _Session(places, preset, run_name, argv, hours, resume, data_dir, working_gb).run()
     except UserError as error:
         raise KaggleError(str(error)) from None
+
+
+def _check_types(**options: Any) -> None:
+    """Raise KaggleError for an option of `run` that is something else than it must be."""
+    wanted: dict[str, tuple[tuple[type, ...], str]] = {
+        "preset": ((str,), "the name of a preset"),
+        "run_name": ((str, type(None)), "the name of a folder"),
+        "hours": ((int, float, type(None)), "a number"),
+        "working_gb": ((int, float), "a number"),
+        "words": ((list, tuple), "a list, as ['--loop.epochs', '3']"),
+    }
+    for name, (types, what) in wanted.items():
+        value = options[name]
+        if not isinstance(value, types) or isinstance(value, bool):
+            raise KaggleError(f"{name} is {value!r}, but must be {what}.")
 
 
 class _Session:
@@ -108,7 +124,7 @@ class _Session:
         self,
         places: Places,
         preset: str,
-        run_name: str,
+        run_name: str | None,
         argv: Sequence[str],
         hours: float | None,
         resume: Resume,
@@ -120,13 +136,17 @@ class _Session:
                 folder.is_dir(), f"{folder}: no such folder. Name the one that holds input/ and working/: root='…'."
             )
         require(working_gb > 0, f"working_gb is {working_gb:g}, but must be above 0.")
-        is_name = Path(run_name).name == run_name and not run_name.startswith(".")
-        require(is_name, f"run_name is {run_name!r}, but must be the name of a folder.")
+        name = run_name or preset
+        is_name = Path(name).name == name and not name.startswith(".")
+        require(is_name, f"run_name is {name!r}, but must be the name of a folder.")
+        is_free = not is_aside(name) and not name.endswith(_LOG_SUFFIX)
+        require(is_free, f"run_name is {name!r}, but such names are those of logs and of runs that were moved aside.")
         words = [word.partition("=")[0].replace("_", "-") for word in argv]
         require("--run-dir" not in words, "--run-dir: on Kaggle a run lies below /kaggle/working/runs. Use run_name.")
         self.places = places
         self.working_gb = working_gb
-        self.run_dir = places.run_dir(run_name)
+        self.run_dir = places.run_dir(name)
+        self.is_named = run_name is not None
         self.data_dir = data_dir
         self.resume: Resume = resume
         self.words = ["--preset", preset, *argv, "--run-dir", str(self.run_dir), "--resume", resume]
@@ -134,7 +154,7 @@ class _Session:
             self.words += ["--session.hours", f"{hours!r}"]
         # Before anything takes time: a typo is told at once.
         config = parse([f"--data.train={_UNKNOWN}", f"--data.val={_UNKNOWN}", *self.words], "kaggle.run")
-        if hours is None and config.session.hours == 0:
+        if hours is None and config.session.hours == 0 and "--session.hours" not in words:
             self.words += ["--session.hours", f"{DEFAULT_HOURS:g}"]
             config = dataclasses.replace(config, session=dataclasses.replace(config.session, hours=DEFAULT_HOURS))
         self.config = config
@@ -142,6 +162,7 @@ class _Session:
         self.began = session_began(places)
 
     def run(self) -> None:
+        self._check_time()
         gpus = usable_gpus(probe_gpus())
         self._check_precision(gpus)
         self._wait_for_predecessor()
@@ -158,6 +179,17 @@ class _Session:
         words = [*self.words, "--data.train", data["train"], "--data.val", data["val"]]
         self._train(command(max(gpus, 1), words), secrets)
 
+    def _check_time(self) -> None:
+        limit_h = self.config.session.hours
+        # Who states when the session began, or has it end at once, may do so.
+        is_over = limit_h > 0 and time.time() > self.began + limit_h * 3600 and BEGAN_VARIABLE not in os.environ
+        require(
+            not is_over,
+            f"this session's {limit_h:g} hours are over: it began at {_clock_time(self.began)}, says "
+            f"{self.places.session_began}. Start a new session, give more hours=… (0: no limit), or delete that file "
+            "where it is wrong.",
+        )
+
     def _check_precision(self, gpus: int) -> None:
         if gpus:
             return
@@ -170,12 +202,16 @@ class _Session:
         tell(f"GPUs       none: training on the CPU, in one process ({GPU_SETTING} if that is not meant)")
 
     def _wait_for_predecessor(self) -> None:
-        if lease_is_held(self.run_dir):
-            tell(
-                f"waiting    for the training that still runs in {self.run_dir}, {_PREDECESSOR_PATIENCE_S:g} s at most"
-            )
-            if not wait_for_end(lambda: lease_is_held(self.run_dir), _PREDECESSOR_PATIENCE_S):
-                raise UserError(f"{self.run_dir}: another process trains here. Stop it, or choose another run_name.")
+        """Whatever its name: two trainings would share the GPUs."""
+        held = self._in_training()
+        if held:
+            tell(f"waiting    for the training that still runs in {held[0]}, {_PREDECESSOR_PATIENCE_S:g} s at most")
+            if not wait_for_end(lambda: bool(self._in_training()), _PREDECESSOR_PATIENCE_S):
+                raise UserError(f"{held[0]}: another process trains here. Stop it, and run the cell again.")
+
+    def _in_training(self) -> list[Path]:
+        """The runs in working that somebody trains now."""
+        return [path for path in sorted(self.run_dir.parent.glob("*/")) if lease_is_held(path)]
 
     def _data(self, found: Found, at_work: Found, runs: Sequence[Path]) -> dict[str, str]:
         """Where both splits are. ImageNet's index is made where there is none."""
@@ -187,12 +223,14 @@ class _Session:
             return stated
         indexes = [*at_work.indexes, *found.indexes]
         if self.data_dir is not None:
+            require(Path(self.data_dir).is_dir(), f"data_dir is {str(self.data_dir)!r}: no such folder.")
             found = look(Path(self.data_dir))
+            found.data_sets += map(index_as_data, found.indexes)  # named, so meant
         candidates = [self._with_manifests(candidate, indexes) for candidate in found.data_sets]
         known = {digest for run in runs if (digest := _manifest_of(run))}
         chosen, others = choose(candidates, known)
         if chosen is None:
-            raise no_data(Path(self.data_dir or self.places.inputs), found)
+            raise no_data(Path(self.data_dir or self.places.inputs), found, at_work.data_sets)
         why = ", which a run here was trained on" if chosen.manifests.get("train") in known else ""
         tell(f"data       {chosen}{why}; nothing of it is copied")
         for other in [*others, *found.unusable]:
@@ -217,7 +255,7 @@ class _Session:
         if self.resume == "never":
             return None
         manifests = {split: index.hash for split, index in data.items()}
-        saved = newest(runs, fingerprint(self.config, manifests), self.run_dir, tell)
+        saved = newest(runs, fingerprint(self.config, manifests), self.run_dir, tell, self.is_named)
         if saved is None and self.resume == "must":
             raise UserError(
                 f"resume='must', but neither {self.places.working} nor {self.places.inputs} holds a run with this "
@@ -232,10 +270,13 @@ class _Session:
         room = make_room(self.places.working, self.run_dir, self.config, num_bytes, self.working_gb, is_here)
         tell(f"room       {room}")
         if saved is None:
-            tell(f"run        {self.run_dir}, from the beginning: no checkpoint of it is attached")
+            why = "as resume='never' asks" if self.resume == "never" else "no checkpoint of it is attached"
+            tell(f"run        {self.run_dir}, from the beginning: {why}")
             return
         spent = "" if saved.total_s is None else f", after {duration(saved.total_s)} of training"
         tell(f"run        {self.run_dir}, session {saved.sessions + 1}{spent}, from {saved.checkpoint}")
+        if saved.run.name != self.run_dir.name:
+            tell(f"           that run is named {saved.run.name}, and goes on here; for a new run, give run_name")
         if not is_here and (aside := carry_over(saved, self.run_dir)):
             tell(f"           what stood there had come less far, and is now in {aside}")
 
@@ -254,15 +295,15 @@ class _Session:
         if hours := self.config.session.hours:
             ends_at = self.began + hours * 3600
             left = duration(ends_at - time.time())
-            tell(f"session    ends by itself at {datetime.fromtimestamp(ends_at, UTC):%H:%M} UTC, {left} from now")
+            tell(f"session    ends by itself at {_clock_time(ends_at)}, {left} from now")
 
     def _train(self, words: list[str], secrets: dict[str, str]) -> None:
         display = notebook_display()
-        log = self.run_dir.with_name(f"{self.run_dir.name}.log")
-        view = NotebookView(self.run_dir, display) if display else PlainView()
-        watch = _Watch(view)
+        log = self.run_dir.with_name(f"{self.run_dir.name}{_LOG_SUFFIX}")
+        is_new = self.resume == "never"
+        view = NotebookView(self.run_dir, display, is_new=is_new) if display else PlainView()
+        watch = Watch(view, lambda: too_full(self.places.working, self.working_gb))
         code = Training(words, log, self.began, secrets).attend(watch, tell)
-        watch.refresh(is_last=True)
         if code == 2:
             raise UserError(watch.errors[-1] if watch.errors else f"the training refused to start; {log} says why.")
         for error in watch.errors:
@@ -275,62 +316,9 @@ class _Session:
             tell(line)
 
 
-class _Watch:
-    """Keeps what a training says last, and holds its errors back: one that ends it is told once, as the end."""
-
-    def __init__(self, view: View) -> None:
-        self._view = view
-        self._noise = AgentNoise()
-        self.errors: list[str] = []
-        self.last: deque[str] = deque(maxlen=_LAST_LINES)
-
-    def lines(self, lines: Sequence[str]) -> None:
-        self.last.extend(lines)
-        self.errors += [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        self._view.lines(self._noise.without([line for line in lines if not line.startswith("error: ")]))
-
-    def refresh(self, is_last: bool = False) -> None:
-        if is_last:
-            self._view.lines(self._noise.rest())
-        self._view.refresh(is_last)
-
-
-def tell(text: str) -> None:
-    """Say something, below what is shown."""
-    print(text, flush=True)
-
-
-def closing_words(run_dir: Path, run_type: str | None = None) -> list[str]:
-    """What to do next, once a training has ended cleanly.
-
-    run_type: Kaggle's word for how the notebook runs, "Interactive" or "Batch"; KAGGLE_KERNEL_RUN_TYPE unless given.
-    """
-    try:
-        progress = read_progress(run_dir)
-    except UserError:
-        return ["stopped before the first step: nothing is lost. Run the cell again."]
-    run_type = run_type or os.environ.get("KAGGLE_KERNEL_RUN_TYPE", "Interactive")
-    best = progress.get("best_acc1")
-    accuracy = "" if best is None else f", best top-1 {best:.2f} %"
-    if run_type == "Batch":
-        keep = "the output of this version, once the notebook has ended"
-    else:
-        keep = (
-            "its output once you choose Save Version → Quick Save with its output, before this session ends; "
-            "/kaggle/working does not last by itself"
-        )
-    where = f"epoch {progress.get('epoch')} of {progress.get('epochs')}, step {progress.get('step'):,}{accuracy}"
-    if progress.get("state") == "finished":
-        return [
-            f"finished: {where}",
-            f"to keep it: {keep}",
-            f"weights: ast-dist export {run_dir} --to model.safetensors",
-        ]
-    return [
-        f"saved: {where}, {progress.get('checkpoint')} ({progress.get('message')})",
-        f"to keep it: {keep}",
-        "to go on: attach that output (Add Input → Your Work) in the next session, and run the same cell",
-    ]
+def _clock_time(at: float) -> str:
+    """Seconds since 1970 as a time of day."""
+    return f"{datetime.fromtimestamp(at, UTC):%H:%M} UTC"
 
 
 def _manifest_of(run: Path) -> str | None:
@@ -363,6 +351,11 @@ def main(argv: list[str]) -> int:
     except TrainingFailedError as error:
         print(f"failed: {error}", file=sys.stderr, flush=True)
         return 1
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # nobody reads any more, which is no failure; Python would fail at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 

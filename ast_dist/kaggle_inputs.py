@@ -23,6 +23,7 @@ from typing import Literal
 from ast_dist.data.index import MANIFEST_NAME, read_manifest
 from ast_dist.errors import UserError
 from ast_dist.fault.commit import committed
+from ast_dist.run_dir import is_aside
 
 SPLITS = ("train", "val")
 LISTS = ("LOC_synset_mapping.txt", "LOC_val_solution.csv")
@@ -38,11 +39,12 @@ _NAMED = 3
 class DataSet:
     """A data set that can be trained on.
 
-    folder: holds train/ and val/, or, of ImageNet, the folder ILSVRC/Data/CLS-LOC. manifests: SHA-256 of each split's
-    manifest, by split; empty where there is no index yet. num_train: images, 0 where unknown.
+    kind: "index" is one of images in place that the user named. folder: holds train/ and val/, or, of ImageNet, the
+    folder ILSVRC/Data/CLS-LOC. manifests: SHA-256 of each split's manifest, by split; empty where there is no index
+    yet. num_train: images, 0 where unknown.
     """
 
-    kind: Literal["shards", "imagenet"]
+    kind: Literal["shards", "imagenet", "index"]
     folder: Path
     num_train: int = 0
     manifests: dict[str, str] = field(default_factory=dict)
@@ -50,7 +52,8 @@ class DataSet:
     def __str__(self) -> str:
         if self.kind == "imagenet":
             return f"{self.folder} (ImageNet's folders)"
-        return f"{self.folder} (shards, {self.num_train:,} training images)"
+        of = "shards" if self.kind == "shards" else "an index of files"
+        return f"{self.folder} ({of}, {self.num_train:,} training images)"
 
 
 @dataclass
@@ -92,11 +95,14 @@ def _note(folder: Path, found: Found) -> bool:
     """Take in what a folder is; whether it is anything."""
     if (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir():
         # One that was moved aside, by --resume never for instance, was meant to be over.
-        if committed(folder / "checkpoints") and ".archived-" not in folder.name:
+        if committed(folder / "checkpoints") and not is_aside(folder.name):
             found.runs.append(folder)
         return True
     if all((folder / split / MANIFEST_NAME).is_file() and (folder / split / "index").is_dir() for split in SPLITS):
         _note_set(folder, found)
+        return True
+    if (folder / MANIFEST_NAME).is_file() and (folder / "index").is_dir():
+        found.unusable.append(f"{folder} (one split of shards, but train/ and val/ must lie in one folder)")
         return True
     for below in _IMAGES:
         if all((folder / below / split).is_dir() for split in SPLITS):
@@ -149,13 +155,22 @@ def choose(data_sets: Sequence[DataSet], trained_on: Collection[str]) -> tuple[D
     return (ranked[0], ranked[1:]) if ranked else (None, [])
 
 
-def no_data(root: Path, found: Found) -> UserError:
-    """What to tell where there is no data set."""
+def index_as_data(folder: Path) -> DataSet:
+    """An index of files in place, by itself. Raises UserError where it cannot be read."""
+    read = {split: read_manifest(folder / split) for split in SPLITS}
+    hashes = {split: digest for split, (_, digest) in read.items()}
+    return DataSet("index", folder, read["train"][0]["num_samples"], hashes)
+
+
+def no_data(root: Path, found: Found, at_work: Sequence[DataSet] = ()) -> UserError:
+    """What to tell where there is no data set. at_work: those that lie where nobody looks for one."""
     unusable = f" Not usable: {'; '.join(found.unusable[:_NAMED])}." if found.unusable else ""
+    remedy = "Attach one by Add Input, or name its folder by data_dir."
+    if at_work:
+        remedy = f"There is {at_work[0]}: to train on it, give data_dir='{at_work[0].folder}'."
     return UserError(
         f"{root}: no data set is attached: neither shards (train/ and val/, each with manifest.json and index/) nor "
-        f"ImageNet (ILSVRC/Data/CLS-LOC, {' and '.join(LISTS)}).{unusable} Attach one by Add Input, or name its folder "
-        "by data_dir."
+        f"ImageNet (ILSVRC/Data/CLS-LOC, {' and '.join(LISTS)}).{unusable} {remedy}"
     )
 
 

@@ -4,6 +4,7 @@ import contextlib
 import importlib
 import os
 import shutil
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -17,6 +18,7 @@ from ast_dist.doctor_folders import Check
 from ast_dist.errors import UserError
 from ast_dist.fault.deadline import BEGAN_VARIABLE
 from ast_dist.fault.processes import age_s
+from ast_dist.kaggle_state import LONGEST_H
 
 GPU_SETTING = "Settings → Accelerator → GPU T4 x2"
 _SECRET_PATIENCE_S = 10.0
@@ -43,6 +45,11 @@ class Places:
         """What ends with the session."""
         return self.root / "temp" / "ast_dist"
 
+    @property
+    def session_began(self) -> Path:
+        """The file that remembers when the session began."""
+        return self.temp / "session_began"
+
     def run_dir(self, name: str) -> Path:
         """The folder of a run."""
         return self.working / "runs" / name
@@ -51,8 +58,9 @@ class Places:
 def session_began(places: Places) -> float:
     """When this session began, seconds since 1970: AST_DIST_SESSION_BEGAN, else when its first kernel was started.
 
-    A kernel that is restarted does not begin another session; the file that remembers the first one ends with the
-    session. Raises UserError when the variable is no number.
+    A kernel that is restarted does not begin another session. The file that remembers the first one ends with the
+    session; one that another machine, another boot or another day left is not believed. Raises UserError when the
+    variable is no number.
     """
     stated = os.environ.get(BEGAN_VARIABLE)
     if stated is not None:
@@ -61,13 +69,22 @@ def session_began(places: Places) -> float:
         except ValueError:
             raise UserError(f"{BEGAN_VARIABLE} is {stated!r}, but must be seconds since 1970, as `date +%s`.") from None
     began = time.time() - (age_s(os.getpid()) or 0.0)
-    path = places.temp / "session_began"
     with contextlib.suppress(OSError, ValueError):
-        return min(began, float(path.read_text(encoding="ascii")))
+        noted, boot = places.session_began.read_text(encoding="utf-8").split()
+        if boot == _boot() and time.time() - float(noted) < LONGEST_H * 3600:
+            return min(began, float(noted))
     with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(f"{began:.3f}\n", encoding="ascii")
+        places.session_began.parent.mkdir(parents=True, exist_ok=True)
+        places.session_began.write_text(f"{began:.3f} {_boot()}\n", encoding="utf-8")
     return began
+
+
+def _boot() -> str:
+    """This machine since it was started, in one word."""
+    boot_id = "?"
+    with contextlib.suppress(OSError):
+        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{socket.gethostname()}/{boot_id}"
 
 
 def probe_gpus() -> list[Check]:
@@ -75,15 +92,27 @@ def probe_gpus() -> list[Check]:
     signs = ("/proc/driver/nvidia/version", "/dev/nvidiactl")
     if not (shutil.which("nvidia-smi") or any(Path(sign).exists() for sign in signs)):
         return []
-    return doctor.run_probe("cuda")
+    checks = doctor.run_probe("cuda")
+    if any(check.detail == doctor.NO_ANSWER for check in checks):
+        checks = doctor.run_probe("cuda")  # the first import of torch on a new machine may take that long
+    return checks
 
 
 def usable_gpus(checks: Sequence[Check]) -> int:
     """How many GPUs can train. checks: as `probe_gpus` found them. Raises UserError where one is there and cannot."""
     for check in checks:
-        if check.status != "ok":
-            raise UserError(f"{check.detail}. Set {GPU_SETTING}, and run the cell again.")
-    return sum(check.name == "CUDA" and check.detail.startswith("GPU ") for check in checks)
+        if check.status == "ok":
+            continue
+        remedy = check.remedy[:1].upper() + check.remedy[1:] or "Run ast-dist doctor"
+        if _is_gpu(check):
+            remedy = f"Set {GPU_SETTING}, and run the cell again; or {check.remedy}"
+        raise UserError(f"{check.detail}. {remedy}.")
+    return sum(_is_gpu(check) for check in checks)
+
+
+def _is_gpu(check: Check) -> bool:
+    """Whether a finding is of one GPU, on which something was computed."""
+    return check.name == "CUDA" and check.detail.startswith("GPU ")
 
 
 def checkpoint_bytes(config: Config, train: Index) -> int:

@@ -4,9 +4,11 @@ A notebook that is started again finds what it saved before in an attached input
 to /kaggle/working, to a temporary name first, and renamed last. Needs no torch.
 """
 
+import contextlib
 import math
 import os
 import shutil
+import stat
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from ast_dist.fault import commit
 from ast_dist.fault.commit import DamagedCheckpointError
 from ast_dist.fault.lease import LEASE_NAME
 from ast_dist.kaggle_inputs import copy_folder
-from ast_dist.run_dir import CONFIG_NAME, archive, checkpoints_path
+from ast_dist.run_dir import CONFIG_NAME, archive, checkpoints_path, identity
 from ast_dist.track.history import read as read_rows
 
 _COPYING = ".copying-"
@@ -29,7 +31,7 @@ GB = 1e9
 _REST_GB = 0.5
 _NAMED_DIFFERENCES = 4
 # Of a session on a GPU, should nobody have set a shorter one.
-_LONGEST_H = 12.0
+LONGEST_H = 12.0
 
 
 @dataclass(frozen=True)
@@ -47,8 +49,8 @@ class Saved:
     @property
     def sessions(self) -> int:
         """Sessions that the run has had."""
-        starts = [row for row in read_rows(self.run / "sessions.jsonl") if "event" not in row]
-        return max((int(row["session"]) for row in starts), default=0)
+        starts = [row.get("session") for row in read_rows(self.run / "sessions.jsonl") if "event" not in row]
+        return max((number for number in starts if isinstance(number, int)), default=0)
 
 
 def differing(run: Path, wanted: dict[str, Any]) -> list[str]:
@@ -68,15 +70,25 @@ def differing(run: Path, wanted: dict[str, Any]) -> list[str]:
     return differences(old, wanted)
 
 
-def newest(runs: Sequence[Path], wanted: dict[str, Any], own: Path, tell: Callable[[str], None]) -> Saved | None:
+def newest(
+    runs: Sequence[Path],
+    wanted: dict[str, Any],
+    own: Path,
+    tell: Callable[[str], None],
+    is_named: bool = False,
+) -> Saved | None:
     """The newest sound checkpoint of the runs with the wanted configuration; None where there is no such run.
 
-    runs: run directories. own: where this run lives, found or not; of equals it comes first. What is passed over is
-    told. Raises UserError where the run that stands in `own`, or, when no other one fits, an attached run of the same
-    name has another configuration, and where all checkpoints are damaged.
+    runs: run directories. own: where this run lives, found or not; of equals it comes first, and another run than the
+    one that has saved there does not take its place. is_named: whether its name was asked for, so that runs of other
+    names are none of it. What is passed over is told. Raises UserError where the run that stands in `own`, or, when no
+    other one fits, an attached run of the same name has another configuration, and where all checkpoints are damaged.
     """
     fitting, others = [], {}
     for run in runs:
+        if is_named and run.name != own.name:
+            tell(f"passed over {run}: its name is not {own.name}")
+            continue
         if changed := differing(run, wanted):
             others[run] = changed
         else:
@@ -85,6 +97,7 @@ def newest(runs: Sequence[Path], wanted: dict[str, Any], own: Path, tell: Callab
         if run == own or (run.name == own.name and not fitting):
             raise UserError(_other(run, changed))
         tell(f"passed over {run}: a run with another configuration ({_named(changed)})")
+    fitting = _of_one_run(fitting, own, tell)
     candidates = [(run, path) for run in fitting for path in commit.committed(checkpoints_path(run))]
     candidates.sort(key=lambda pair: (_place(pair[1]), pair[0] == own), reverse=True)
     damaged: list[str] = []
@@ -107,6 +120,21 @@ def newest(runs: Sequence[Path], wanted: dict[str, Any], own: Path, tell: Callab
     return None
 
 
+def _of_one_run(fitting: Sequence[Path], own: Path, tell: Callable[[str], None]) -> list[Path]:
+    """The runs without those that are another run than the one in `own`, whose steps do not compare with its steps."""
+    there = identity(own) if own in fitting else None
+    kept = []
+    for run in fitting:
+        if there and identity(run) not in (there, None):
+            tell(
+                f"passed over {run}: another run of this configuration than the one in {own}, which goes on. Move that "
+                "one away to go on with the other"
+            )
+        else:
+            kept.append(run)
+    return kept
+
+
 def _place(checkpoint: Path) -> tuple[int, str]:
     digits = checkpoint.name.removeprefix("step-").split("-")[0]
     return int(digits), checkpoint.name
@@ -124,15 +152,22 @@ def _other(run: Path, changed: Sequence[str]) -> str:
     )
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of all files below a folder; links are not followed."""
+def bytes_of(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder; links are not followed, and what goes meanwhile is nothing."""
     total = 0
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            path = Path(parent, name)
-            if not path.is_symlink():
-                total += path.stat().st_size
+    for place in (path, *(Path(parent, name) for parent, _, names in os.walk(path) for name in names)):
+        with contextlib.suppress(FileNotFoundError):
+            about = place.lstat()
+            total += about.st_size if stat.S_ISREG(about.st_mode) else 0
     return total
+
+
+def too_full(working: Path, limit_gb: float) -> str | None:
+    """What to tell where a folder holds more than Kaggle keeps; None where it does not."""
+    held = bytes_of(working)
+    if held <= limit_gb * GB:
+        return None
+    return f"{held / GB:.2f} GB are in {working}, but Kaggle keeps {limit_gb:g} GB. {_largest(working)}"
 
 
 def make_room(
@@ -148,13 +183,13 @@ def make_room(
     shutil.rmtree(run_dir.with_name(f"{_COPYING}{run_dir.name}"), ignore_errors=True)
     if checkpoints.is_dir():
         commit.remove_leftovers(checkpoints)
-    held = folder_bytes(working)
+    held = bytes_of(working)
     # The newest ones, the best, and the one that is being written before an older one goes.
     saving = config.checkpoint
     count = saving.keep_last + 2
     if saving.keep_every_h:
-        count += math.ceil((config.session.hours or _LONGEST_H) / saving.keep_every_h)
-    replaced = folder_bytes(checkpoints) if goes_on and checkpoints.is_dir() else 0
+        count += math.ceil((config.session.hours or LONGEST_H) / saving.keep_every_h)
+    replaced = bytes_of(checkpoints) if goes_on and checkpoints.is_dir() else 0
     more = max(0.0, count * checkpoint_bytes + _REST_GB * GB - replaced)
     free = shutil.disk_usage(working).free
     room = f"{held / GB:.2f} GB are in {working}, and the run needs up to {more / GB:.2f} GB more"
@@ -167,7 +202,7 @@ def make_room(
 
 
 def _largest(working: Path) -> str:
-    sizes = {path: folder_bytes(path) if path.is_dir() else path.stat().st_size for path in working.iterdir()}
+    sizes = {path: bytes_of(path) for path in working.iterdir()}
     if not sizes:
         return "Use a smaller model"
     path = max(sizes, key=lambda path: sizes[path])

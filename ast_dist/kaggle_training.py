@@ -69,8 +69,11 @@ class Training:
         environment[COMMAND_VARIABLE] = "the same cell again"
         environment.setdefault("OMP_NUM_THREADS", "1")
         log.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()
+        # Kept open: somebody may tidy up, and the training is to be heard of nevertheless.
+        self._log = log.open("rb")
+        self._log.seek(0, os.SEEK_END)
         with log.open("ab") as output:
-            self._read = output.tell()
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "ast_dist.kaggle_training", str(os.getpid()), "--", *command],
                 stdin=subprocess.DEVNULL,
@@ -80,39 +83,49 @@ class Training:
                 # Stopping the cell signals the kernel's process group; the training is told once, from here.
                 start_new_session=True,
             )
-        self._log = log
         self._rest = b""
+        self._has_warned = False
 
     def attend(self, view: View, tell: Callable[[str], None]) -> int:
-        """Show the training until it ends, and return its exit code. A Ctrl-C asks it to save and end, and waits."""
+        """Show the training until it ends, and return its exit code. A Ctrl-C asks it to save and end, and waits.
+
+        What fails in showing is one warning: the training goes on, and is waited for.
+        """
         code: int | None = None
         try:
             while code is None:
                 try:
                     code = self._look(view)
                 except KeyboardInterrupt:
-                    tell("stopping: the training saves and ends (stop the cell again to end it at once)")
                     self._process.send_signal(signal.SIGINT)
+                    tell(
+                        "stopping: the training saves and ends (a second later, stop the cell again to end it at once)"
+                    )
         finally:
             if code is None:
                 self._process.terminate()
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     self._process.wait(_GRACE_S)
+            self._log.close()
         return code
 
     def _look(self, view: View) -> int | None:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_LOOK_S)
         code = self._process.poll()
-        view.lines(self._new_lines(is_last=code is not None))
-        view.refresh()
+        is_last = code is not None
+        try:
+            view.lines(self._new_lines(is_last))
+            view.refresh(is_last)
+        except Exception as error:  # noqa: BLE001 - what fails in showing is no reason to stop what is shown
+            if not self._has_warned:
+                self._has_warned = True
+                with contextlib.suppress(OSError, ValueError):  # that may be what has failed
+                    print(f"warning: not shown ({error!r}). The training goes on.", file=sys.stderr, flush=True)
         return code
 
     def _new_lines(self, is_last: bool) -> list[str]:
-        with self._log.open("rb") as file:
-            file.seek(self._read)
-            raw = self._rest + file.read()
-            self._read = file.tell()
+        raw = self._rest + self._log.read()
         whole, _, self._rest = raw.rpartition(b"\n")
         if is_last:
             whole, self._rest = raw, b""

@@ -24,6 +24,8 @@ from ast_dist.track.progress import read_progress
 
 CONFIG_NAME = "config.yaml"
 CLASSES_NAME = "classes.json"
+IDENTITY_NAME = "run_id"
+_ASIDE = ".archived-"
 # NFS gives a lost host's lock free after 90 s, and a watchdog ends a hung worker after 120 s.
 _PREDECESSOR_PATIENCE_S = 180.0
 _PACKAGES = ("ast-dist", "torch", "torchvision", "numpy", "webdataset", "wandb", "nvidia-dali-cuda130")
@@ -158,20 +160,25 @@ def take(config: Config, manifests: dict[str, str], classes: list[str]) -> Lease
     return lease
 
 
+def is_aside(name: str) -> bool:
+    """Whether a folder of that name is a run that `archive` moved aside."""
+    return _ASIDE in name
+
+
 def archive(run_dir: Path) -> Path:
     """Move a run aside, whole, and return where it is now."""
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S")
-    target = run_dir.with_name(f"{run_dir.name}.archived-{stamp}")
+    target = run_dir.with_name(f"{run_dir.name}{_ASIDE}{stamp}")
     number = 1
     while target.exists():
         number += 1
-        target = run_dir.with_name(f"{run_dir.name}.archived-{stamp}-{number}")
+        target = run_dir.with_name(f"{run_dir.name}{_ASIDE}{stamp}-{number}")
     os.rename(run_dir, target)
     return target
 
 
 def describe(config: Config, manifests: dict[str, str], classes: list[str]) -> None:
-    """Write config.yaml, env.json and classes.json for this session, each in one step.
+    """Write config.yaml, env.json and classes.json for this session, and run_id for all, each in one step.
 
     classes: names, by class number. They are kept with the run, since the shards may be gone when it is exported.
     """
@@ -184,6 +191,19 @@ def describe(config: Config, manifests: dict[str, str], classes: list[str]) -> N
     _replace(run_dir / CONFIG_NAME, text)
     _replace(run_dir / CLASSES_NAME, json.dumps(classes, indent=0, ensure_ascii=False) + "\n")
     _replace(run_dir / "env.json", json.dumps(environment(), indent=1) + "\n")
+    if identity(run_dir) is None:
+        _replace(run_dir / IDENTITY_NAME, f"{uuid.uuid4().hex}\n")
+
+
+def identity(run_dir: Path) -> str | None:
+    """What tells a run from others of the same configuration: copies have it, too, and a run begun anew has another.
+
+    None where none was written.
+    """
+    try:
+        return (run_dir / IDENTITY_NAME).read_text(encoding="ascii").strip() or None
+    except (OSError, ValueError):
+        return None
 
 
 def _changed_versions(env_path: Path) -> list[str]:

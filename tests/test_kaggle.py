@@ -5,6 +5,7 @@ The runs of the real notebook are in test_kaggle_notebook.py.
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,16 +16,17 @@ from pathlib import Path
 
 import pytest
 
-from ast_dist import kaggle
+from ast_dist import doctor, kaggle
 from ast_dist.doctor import Check
 from ast_dist.errors import UserError, run_command
 from ast_dist.fault.deadline import BEGAN_VARIABLE
+from ast_dist.kaggle_inputs import ImagenetIndex
 from ast_dist.kaggle_machine import Places, checkpoint_bytes, kaggle_secret, probe_gpus, session_began, usable_gpus
 from ast_dist.kaggle_training import command
 from ast_dist.kaggle_view import AgentNoise, NotebookView, notebook_display
 from tests.kaggle_tree import digits, tree
 from tests.launching import environment, finish, start, steps_done, wait_for
-from tests.test_ilsvrc import write_imagenet
+from tests.test_ilsvrc import SYNSETS, write_imagenet
 from tests.test_launch import SHOWS_ITS_WORDS, torchrun
 from tests.training import progress, snapshot, write_shards
 
@@ -79,6 +81,23 @@ class TestGpus:
         with pytest.raises(UserError, match="CPU-only build"):
             usable_gpus([absent])
 
+    def test_are_to_be_changed_only_where_one_of_them_fails(self) -> None:
+        nccl = Check("nccl", "FAIL", "RuntimeError: NCCL error", "export NCCL_DEBUG=INFO and try again")
+        with pytest.raises(UserError) as caught:
+            usable_gpus([*T4S[:1], nccl])
+        assert str(caught.value) == "RuntimeError: NCCL error. Export NCCL_DEBUG=INFO and try again."
+        with pytest.raises(UserError, match=r"GPU T4 x2, and run the cell again; or install a torch built for sm_60"):
+            usable_gpus([Check(**json.loads(P100))])
+
+    def test_that_do_not_answer_in_time_are_asked_once_more(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        silent = [Check("CUDA", "FAIL", doctor.NO_ANSWER, "look into `nvidia-smi`")]
+        answers = [silent, T4S]
+        monkeypatch.setattr(shutil, "which", lambda _: "/usr/bin/nvidia-smi")
+        monkeypatch.setattr(doctor, "run_probe", lambda _: answers.pop(0))
+        assert probe_gpus() == T4S
+        answers[:] = [silent, silent]
+        assert probe_gpus() == silent
+
     @pytest.mark.skipif(Path("/proc/driver/nvidia/version").exists(), reason="this machine has an NVIDIA driver")
     def test_are_not_probed_where_there_is_no_driver(self) -> None:
         assert probe_gpus() == []
@@ -98,6 +117,28 @@ class TestRefusals:
 
     def test_no_data(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "no data set is attached" in refused(root, capsys=capsys)
+
+    def test_a_folder_of_data_that_is_not_there(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert refused(root, capsys=capsys, data_dir="/nope") == "data_dir is '/nope': no such folder."
+
+    def test_no_index_that_was_named(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        write_imagenet(root / "input/imagenet")
+        index = ImagenetIndex(root / "input/imagenet", root / "elsewhere", root / "temp").make([], print)
+        refused(root, capsys=capsys, resume="must", data_dir=index)
+        assert f"data       {index} (an index of files, {2 * len(SYNSETS)} training images)" in capsys.readouterr().out
+
+    def test_options_of_another_type(self, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        for name, value in {"run_name": 3, "working_gb": "5", "hours": "8", "words": "--loop.epochs 3"}.items():
+            with pytest.raises(kaggle.KaggleError, match=f"^{name} is {value!r}, but must be"):
+                kaggle.run("digits", root=root, **{name: value})  # type: ignore[arg-type]
+        with pytest.raises(kaggle.KaggleError, match=r"^preset is None"):
+            kaggle.run(None, root=root)  # type: ignore[arg-type]
+
+    def test_names_by_which_a_run_would_not_be_found_again(
+        self, root: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for name in ("digits.archived-1", "digits.log"):
+            assert f"run_name is '{name}'" in refused(root, capsys=capsys, run_name=name)
 
     def test_no_kaggle(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"nowhere/input: no such folder"):
@@ -186,9 +227,44 @@ class TestTheSessionsTime:
         assert float(said[1]) - float(said[0]) >= 0.5
 
     def test_goes_on_where_the_kernel_is_restarted(self, root: Path) -> None:
-        (root / "temp/ast_dist").mkdir(parents=True)
-        (root / "temp/ast_dist/session_began").write_text("1000.5\n")
-        assert session_began(Places(root)) == 1000.5
+        began = session_began(Places(root)) - 100
+        path = Places(root).session_began
+        path.write_text(path.read_text().replace(path.read_text().split()[0], f"{began:.3f}"))
+        assert session_began(Places(root)) == pytest.approx(began, abs=0.001)
+
+    @pytest.mark.parametrize("what", ["another machine", "another boot", "another day", "no such file"])
+    def test_is_not_that_of_another_session_whose_folder_was_kept(self, root: Path, what: str) -> None:
+        now = session_began(Places(root))
+        path = Places(root).session_began
+        _, _, boot = path.read_text().strip().partition(" ")
+        host, _, boot_id = boot.partition("/")
+        left = {
+            "another machine": f"{now - 100} other/{boot_id}",
+            "another boot": f"{now - 100} {host}/other",
+            "another day": f"{now - 86400} {boot}",
+            "no such file": f"{now - 100}",
+        }
+        path.write_text(left[what])
+        assert session_began(Places(root)) == pytest.approx(now, abs=1)
+        assert path.read_text().split()[1] == boot, "and the file is this session's now"
+
+    @pytest.mark.parametrize(
+        ("options", "hours"), [({}, 8.5), ({"hours": 0}, 0), ({"session": {"hours": 0}}, 0), ({"hours": 2}, 2)]
+    )
+    def test_is_limited_unless_the_settings_say_otherwise(
+        self, root: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, object], hours: float
+    ) -> None:
+        limits = []
+        monkeypatch.setattr(kaggle._Session, "run", lambda session: limits.append(session.config.session.hours))
+        kaggle.run("digits", root=root, **options)  # type: ignore[arg-type]
+        assert limits == [hours]
+
+    def test_that_is_over_is_refused_with_the_file_that_says_so(
+        self, root: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = Places(root).session_began
+        line = refused(root, capsys=capsys, hours=1e-9)
+        assert f"says {path}" in line and "hours=" in line
 
     def test_is_what_the_environment_says(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(BEGAN_VARIABLE, "2000")
@@ -218,6 +294,12 @@ class TestTheClosingWords:
         _, keep, go_on = kaggle.closing_words(run_dir, "Batch")
         assert "the output of this version" in keep and "Save Version" not in keep
         assert "attach that output" in go_on
+
+    def test_give_a_command_that_can_be_pasted(self, tmp_path: Path) -> None:
+        run_dir = tmp_path / "my run"
+        run_dir.mkdir()
+        self.write(run_dir, state="finished", message="")
+        assert f"ast-dist export '{run_dir}' --to" in kaggle.closing_words(run_dir)[-1]
 
     def test_say_where_the_weights_of_a_finished_run_are(self, run_dir: Path) -> None:
         self.write(run_dir, state="finished", message="")
@@ -392,6 +474,9 @@ class TestTheCell:
         assert news(1) == 0
         os.utime(tmp_path / "dashboard.png", ns=(1, 1))
         assert news(1) == 2
+        (tmp_path / "dashboard.png").unlink()
+        assert news(1) == 1, "that it is gone"
+        assert news(1) == 0, "and no more of that"
         assert [kind for kind, _ in display.shown].count("new") == 2, "one picture and one text, in place"
 
     def test_keeps_warnings_and_shows_the_last_lines(
@@ -409,9 +494,32 @@ class TestTheCell:
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         view = NotebookView(tmp_path, types.ModuleType("no display"))
-        view.refresh()
-        view.refresh(is_last=True)
+        for _ in range(4):
+            view.refresh(is_last=True)
+        assert capsys.readouterr().err == "", "it may pass"
+        for _ in range(4):
+            view.refresh(is_last=True)
         assert capsys.readouterr().err.count("nothing more is shown here") == 1
+
+    def test_that_misreads_a_file_once_goes_on(self, tmp_path: Path, display: FakeDisplay) -> None:
+        view = NotebookView(tmp_path, display)
+        for step in ["many", 3, *["many"] * 4, 4]:
+            (tmp_path / "progress.json").write_text(json.dumps({"state": "finished", "step": step}))
+            view.refresh(is_last=True)
+        assert "step 4" in display.shown[-1][1]["text/plain"]
+
+    def test_of_a_run_that_begins_anew_shows_nothing_of_the_one_that_it_moves_aside(
+        self, tmp_path: Path, display: FakeDisplay
+    ) -> None:
+        for name, content in {"progress.json": '{"state": "paused"}', "dashboard.png": "old", "run_id": "old"}.items():
+            (tmp_path / name).write_text(content)
+        view = NotebookView(tmp_path, display, is_new=True)
+        view.refresh(is_last=True)
+        shown = [bundle["text/plain"] for _, bundle in display.shown]
+        assert shown[0] == "no dashboard yet" and shown[1].startswith("starting")
+        (tmp_path / "run_id").write_text("new")
+        view.refresh(is_last=True)
+        assert "image/png" in display.shown[-2][1] and "paused" in display.shown[-1][1]["text/plain"]
 
     def test_is_no_cell_outside_of_a_notebook(self) -> None:
         assert notebook_display() is None

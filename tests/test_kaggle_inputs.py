@@ -68,6 +68,20 @@ def test_imagenets_folders_without_their_lists_are_named_as_the_reason(root: Pat
     assert "LOC_val_solution.csv" in str(no_data(root / "input", found))
 
 
+def test_one_split_without_the_other_is_named_as_the_reason(root: Path) -> None:
+    shutil.rmtree(write_shards(root / "input" / "shards") / "val")
+    found = look(root / "input")
+    assert not found.data_sets
+    line = str(no_data(root / "input", found))
+    assert f"{root}/input/shards/train (one split of shards, but train/ and val/ must lie in one folder)" in line
+
+
+def test_shards_in_working_are_named_where_none_is_attached(root: Path) -> None:
+    folder = write_shards(root / "working" / "shards")
+    line = str(no_data(root / "input", look(root / "input"), look(root / "working").data_sets))
+    assert f"data_dir='{folder}'" in line and "Add Input" not in line
+
+
 def test_shards_whose_tars_were_unpacked_are_no_data_and_say_so(root: Path) -> None:
     folder = write_shards(root / "input" / "shards")
     for shard in (folder / "train").glob("*.tar"):

@@ -69,8 +69,9 @@ def test_the_notebook_ends_by_its_deadline_and_goes_on_from_its_output_to_the_st
     run_dir = first / "working/runs/digits"
 
     # The deadline is past when the first step is done: the session ends after two.
+    monkeypatch.setenv(BEGAN_VARIABLE, "1")
     outputs = run_notebook(
-        first, f"kaggle.run('digits', hours=1e-6, track={{'dashboard': False}}, {SETTINGS})", monkeypatch
+        first, f"kaggle.run('digits', hours=1, track={{'dashboard': False}}, {SETTINGS})", monkeypatch
     )
 
     ended = progress(run_dir)
@@ -85,6 +86,8 @@ def test_the_notebook_ends_by_its_deadline_and_goes_on_from_its_output_to_the_st
     place_of_the_picture, status = shown(outputs)
     assert place_of_the_picture == {"text/plain": "no dashboard yet"}
     assert "state       paused" in status["text/plain"] and "epoch       0 of 3" in status["text/plain"]
+
+    monkeypatch.delenv(BEGAN_VARIABLE)
 
     # The next session: other forms of the mounts, and what was in working is attached, read-only.
     (second / "input/datasets/me").mkdir(parents=True)

@@ -10,7 +10,9 @@ import pytest
 from ast_dist import kaggle_state
 from ast_dist.errors import UserError
 from ast_dist.fault.commit import committed
-from ast_dist.kaggle_state import Saved, carry_over, make_room, newest
+from ast_dist.kaggle import _Session
+from ast_dist.kaggle_machine import Places
+from ast_dist.kaggle_state import Saved, bytes_of, carry_over, make_room, newest, too_full
 from ast_dist.run_dir import checkpoints_path
 from tests.kaggle_tree import damage, digits, tree, wanted, write_run
 from tests.training import snapshot
@@ -96,12 +98,53 @@ class TestTheNewestCheckpoint:
             choose(root / "a", run, words=("--data.shuffle-block-shards", "0"))
 
 
+class TestAnotherRunOfTheSameConfiguration:
+    def begun(self, folder: Path, step: int, identity: str) -> Path:
+        write_run(folder, step)
+        (folder / "run_id").write_text(f"{identity}\n")
+        return folder
+
+    def test_does_not_undo_a_run_that_was_begun_anew_however_far_it_came(self, root: Path, own: Path) -> None:
+        attached = self.begun(root / "input/nb/runs/digits", 229, "old")
+        self.begun(own, 42, "new")
+        told = Told()
+        saved = choose(own, own, attached, told=told)
+        assert saved is not None and saved.checkpoint == own / "checkpoints/step-00000042"
+        [line] = told
+        assert line.startswith(f"passed over {attached}: another run") and str(own) in line
+
+    def test_is_not_a_later_state_of_the_same_run(self, root: Path, own: Path) -> None:
+        attached = self.begun(root / "input/nb/runs/digits", 229, "same")
+        self.begun(own, 42, "same")
+        saved = choose(own, own, attached)
+        assert saved is not None and saved.run == attached
+
+    def test_is_none_of_it_where_the_name_was_asked_for(self, root: Path, own: Path) -> None:
+        other = write_run(root / "input/nb/runs/other", 40)
+        told = Told()
+        assert newest([other], wanted(), own, told, is_named=True) is None
+        assert told == [f"passed over {other}: its name is not digits"]
+        saved = newest([other], wanted(), own, told)
+        assert saved is not None and saved.run == other
+
+    def test_is_continued_without_a_name_and_that_is_said(
+        self, root: Path, own: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        saved = choose(own, write_run(root / "input/nb/runs/other", 40))
+        assert saved is not None
+        data = ["--data.train=t", "--data.val=v"]
+        _Session(Places(root), "digits", None, data, None, "auto", None, 20.0)._prepare(saved, None)  # type: ignore[arg-type]
+        assert "that run is named other, and goes on here; for a new run, give run_name" in capsys.readouterr().out
+        assert committed(checkpoints_path(own))
+
+
 class TestACarriedRun:
     @pytest.fixture
     def saved(self, root: Path, own: Path) -> Saved:
         run = write_run(root / "input/nb/runs/digits", 20, 40, 60, 80, acc1={20: 50.0, 40: 90.0, 60: 80.0})
         damage(run / "checkpoints/step-00000080")
         (run / "wandb_id").write_text("abc\n")
+        (run / "run_id").write_text("0f\n")
         for path in run.rglob("*"):
             path.chmod(0o555 if path.is_dir() else 0o444)
         saved = choose(own, run)
@@ -114,7 +157,10 @@ class TestACarriedRun:
         assert carry_over(saved, own) is None
         assert [path.name for path in committed(checkpoints_path(own))] == ["step-00000040", "step-00000060"]
         names = {path.name for path in own.iterdir()}
-        assert names == {"checkpoints", *"config.yaml metrics.jsonl progress.json sessions.jsonl wandb_id".split()}
+        assert names == {
+            "checkpoints",
+            *"config.yaml metrics.jsonl progress.json run_id sessions.jsonl wandb_id".split(),
+        }
         assert all(path.stat().st_mode & 0o200 for path in own.rglob("*"))
         assert choose(own, own) is not None
 
@@ -194,6 +240,27 @@ class TestRoom:
     def test_counts_the_checkpoints_that_are_kept_for_their_hours(self, root: Path) -> None:
         assert "up to 1.40 GB more" in self.room(root, "--checkpoint.keep-every-h", "2", "--session.hours", "8.5")
 
+    def test_is_missing_once_more_is_there_than_kaggle_keeps(self, root: Path) -> None:
+        sparse(root / "working" / "notes.txt", 19.9)
+        assert too_full(root / "working", 20) is None
+        sparse(root / "working" / "more.txt", 0.2)
+        line = too_full(root / "working", 20)
+        assert line is not None and line.startswith(f"20.10 GB are in {root}/working, but Kaggle keeps 20 GB")
+
+    def test_is_counted_while_files_go(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        sparse(root / "working" / "notes.txt", 6.2)
+        sparse(root / "working" / "old" / "shards.tar", 13.0)
+        walk = os.walk
+
+        def walk_and_delete(path: Path) -> list[tuple[str, list[str], list[str]]]:
+            listed = list(walk(path))
+            for name in ("old/shards.tar", "notes.txt"):
+                (root / "working" / name).unlink(missing_ok=True)
+            return listed
+
+        monkeypatch.setattr(os, "walk", walk_and_delete)
+        assert bytes_of(root / "working") == 0
+
     def test_is_made_by_removing_what_a_kill_in_mid_copy_or_in_mid_save_left(self, root: Path) -> None:
         sparse(root / "working/runs/.copying-digits/checkpoints/step-00000001/tensors", 13.0)
         sparse(root / "working/runs/digits/checkpoints/stage-step-00000002/tensors", 13.0)
@@ -210,6 +277,7 @@ def sparse(path: Path, gb: float) -> None:
 
 def test_sessions_of_a_run_without_a_record_are_none(root: Path) -> None:
     run = write_run(root / "a", 10)
-    (run / "sessions.jsonl").write_text(json.dumps({"event": "warning"}) + "\n")
+    rows = [{"event": "warning"}, {"session": None}, {"session": "two"}, {}]
+    (run / "sessions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     saved = choose(root / "own", run)
     assert saved is not None and saved.sessions == 0

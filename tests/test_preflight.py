@@ -154,6 +154,15 @@ class TestRunDirectory:
     def test_never_starts_anew_whatever_stands_there(self, config, started):
         run_dir.check(replace(config, resume="never", seed=5), MANIFESTS)
 
+    def test_a_run_begun_anew_has_another_identity_and_one_that_goes_on_keeps_its_own(self, config, started):
+        first = run_dir.identity(started)
+        run_dir.take(config, MANIFESTS, ["cat", "dog"]).release()
+        assert run_dir.identity(started) == first is not None
+        run_dir.take(replace(config, resume="never"), MANIFESTS, ["cat", "dog"]).release()
+        assert run_dir.identity(started) not in (first, None)
+        [aside] = [path for path in started.parent.iterdir() if run_dir.is_aside(path.name)]
+        assert run_dir.identity(aside) == first
+
     def test_must_refuses_where_there_is_no_run_or_no_checkpoint(self, config, tmp_path):
         must = replace(config, resume="must")
         assert "holds no run" in complaint(run_dir.check, must, MANIFESTS)

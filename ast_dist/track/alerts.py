@@ -7,13 +7,18 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Kind = Literal["nonfinite", "stall", "end"]
+Kind = Literal["nonfinite", "rollback", "stall", "end"]
 # An interval between two step rows that is this many times the usual one, and this long at least, is a stall.
 STALL_FACTOR = 10.0
 STALL_FLOOR_S = 30.0
 _USUAL_ROWS = 100
 _FEWEST_ROWS = 5
-_TITLES: dict[Kind, str] = {"nonfinite": "NaN or infinity", "stall": "stall", "end": "the run has ended"}
+_TITLES: dict[Kind, str] = {
+    "nonfinite": "NaN or infinity",
+    "rollback": "back to the last checkpoint",
+    "stall": "stall",
+    "end": "the run has ended",
+}
 
 
 @dataclass(frozen=True)
@@ -79,7 +84,7 @@ class Alerts:
     @staticmethod
     def rolled_back(epoch: int, step: int) -> Alert:
         """The run goes back to its last checkpoint."""
-        return Alert("nonfinite", f"step {step:,}, epoch {epoch}: not finite again and again; back to the checkpoint.")
+        return Alert("rollback", f"step {step:,}, epoch {epoch}: NaN or infinity again and again.")
 
     @staticmethod
     def ended(state: str, message: str) -> Alert:

@@ -13,7 +13,7 @@ import queue
 import secrets
 import threading
 import time
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -96,8 +96,6 @@ class WandbRun:
         if mode != "off":
             # W&B's reports of its own errors go to the same server: one that never answers held the exit for 20 s.
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-            # The images of a table wait there to be sent: with the run, not in somebody's home.
-            os.environ.setdefault("WANDB_DATA_DIR", str(self.run_dir.absolute() / "wandb"))
             self.run_id = keep_run_id(self.run_dir, run_id)
             self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
             self._thread.start()
@@ -185,8 +183,10 @@ class WandbRun:
 
     def _log(self, row: dict[str, Any], hardest: Hardest | None) -> None:
         if hardest and self._has_images and own_step(row) not in self._held:
-            row |= self._table(hardest)
-        self._write(row)
+            with _data_in(self.run_dir.absolute() / "wandb"):
+                self._write(row | self._table(hardest))
+        else:
+            self._write(row)
         if alert := self._alerts.judge(row):
             self._send(alert)
 
@@ -294,6 +294,22 @@ def keep_run_id(run_dir: Path, run_id: str | None = None) -> str:
     if chosen != kept:
         replace_atomically(path, f"{chosen}\n".encode())
     return chosen
+
+
+@contextlib.contextmanager
+def _data_in(folder: Path) -> Iterator[None]:
+    """Have W&B keep the images of a table, until they are sent, in a folder: with the run, not in somebody's home.
+
+    There is no setting for it but the environment's, which is not ours to change for good, nor where the user did.
+    """
+    if "WANDB_DATA_DIR" in os.environ:
+        yield
+        return
+    os.environ["WANDB_DATA_DIR"] = str(folder)
+    try:
+        yield
+    finally:
+        del os.environ["WANDB_DATA_DIR"]
 
 
 def _first_line(error: Exception) -> str:

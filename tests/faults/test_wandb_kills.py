@@ -63,6 +63,7 @@ def test_two_kills_and_three_sessions_leave_one_wandb_run_with_every_row_once(sh
         subprocess.run(
             [sys.executable, "-m", "wandb", "sync", "--yes", *folders],
             env=environment() | server.environment | home,
+            cwd=tmp_path,
             check=True,
             capture_output=True,
             timeout=100,

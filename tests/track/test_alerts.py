@@ -54,4 +54,4 @@ def test_each_kind_is_sent_once_in_ten_minutes():
         now[0] = float(second)
         sent += [(second, kind) for kind in ("stall", "end") if alerts.is_due(Alert(kind, ""))]
     assert sent == [(second, kind) for second in (0, 600, 1200) for kind in ("stall", "end")]
-    assert all(len(Alert(kind, "").title) < 64 for kind in ("nonfinite", "stall", "end"))
+    assert all(len(Alert(kind, "").title) < 64 for kind in ("nonfinite", "rollback", "stall", "end"))

@@ -15,6 +15,7 @@ from ast_dist.track.console import Console
 from ast_dist.track.history import encode, read
 from ast_dist.track.progress import read_progress
 from ast_dist.track.tracker import Tracker
+from tests.track.wandb_log import records
 
 STEP = {"global_step": 10, "progress/epoch": 0.5, "train/loss": 0.6, "gate/rate": 0.4, "gate/rate_target": 0.4}
 EPOCH = {"epoch": 1, "global_step": 20, "progress/epoch": 1.0, "val/acc1": 91.0, "gate/rate": 0.4}
@@ -346,3 +347,19 @@ def test_every_row_reaches_wandb_under_its_own_step(tmp_path, monkeypatch):
     logged = [{key: value for key, value in item.items() if not key.startswith("_")} for item in items if item]
     assert logged == read(run_dir / "metrics.jsonl")
     assert [item["_step"] for item in items if item] == [0, 2, 4, 41]
+
+
+def test_a_restart_after_a_hang_and_a_roll_back_are_alerts(tmp_path):
+    run_dir = tmp_path / "run"
+    tracker = make_tracker(run_dir, restart=1, quiet=True, wandb="offline")
+    tracker.start(previous_beat=(12, time.time() - 131.0))
+    tracker.first_step()
+    tracker.rolled_back(epoch=3, step=1240)
+    tracker.close("failed", "no room")
+    (session,) = records(run_dir)
+    alerts = [record["alert"] for record in session if record["type"] == "alert"]
+    assert [(alert["title"], alert["text"]) for alert in alerts] == [
+        ("stall", "no step for 131 s; the run was restarted and goes on from step 0."),
+        ("back to the last checkpoint", "step 1,240, epoch 3: NaN or infinity again and again."),
+        ("the run has ended", "failed: no room"),
+    ]

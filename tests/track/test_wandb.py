@@ -134,7 +134,7 @@ def test_online_the_server_gets_each_row_once_through_a_kill_and_a_session_offli
         command = [sys.executable, "-m", "wandb", "sync", "--yes", "--include-online"]
         command += map(str, run_dir.glob("wandb/*run-*"))
         env = {**os.environ, **server.environment, "HOME": str(run_dir.parent / "home")}
-        subprocess.run(command, check=True, capture_output=True, env=env, timeout=100)
+        subprocess.run(command, check=True, capture_output=True, env=env, cwd=run_dir.parent, timeout=100)
         assert len(server.rows) == sent, "there is nothing left to send"
 
 
@@ -212,7 +212,8 @@ def test_an_unreachable_server_warns_once_and_every_row_is_written_offline(run_d
         said = log_rows(run_dir, "online", 0, 5, environment, init_timeout_s=1)
     warnings = [text for kind, text in said if kind == "warn"]
     assert len(warnings) == 1 and "W&B: not online (CommError" in warnings[0]
-    assert [len(history(session)) for session in records(run_dir)] == [5]
+    # The try to go online may leave a log, too, without a row.
+    assert [len(rows) for session in records(run_dir) if (rows := history(session))] == [5]
 
 
 def test_a_server_that_never_answers_holds_neither_rows_nor_the_end(run_dir):
