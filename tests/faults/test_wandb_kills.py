@@ -11,8 +11,9 @@ from tests.faults.wandb_server import wandb_server
 from tests.launching import environment
 from tests.track.wandb_log import history, records
 
-# Killed at a step of its own choice: at the first, once W&B's log has what was logged so far (it is flushed every 2 s);
-# at the second, as soon as the step's checkpoint is committed, with all or nearly all of the session's rows unwritten.
+# Killed at a step of its own choice: at the first, once W&B's log has what was logged so far (it is flushed every 2 s)
+# and the last checkpoint is committed; at the second, as soon as the step's checkpoint is, with all or nearly all rows
+# of the session unwritten.
 STRIKES = """
 import os, signal
 from pathlib import Path
@@ -22,6 +23,8 @@ def on_step(row):
     step, session = row["global_step"], row["progress/session"]
     if (step, session) == (44, 1):
         while not any({written!r} in log.read_bytes() for log in run_dir.glob("wandb/*/*.wandb")):
+            pass
+        while not (run_dir / "checkpoints" / "step-00000042").exists():
             pass
         os.kill(os.getpid(), signal.SIGKILL)
     if (step, session) == (78, 2):
