@@ -23,7 +23,7 @@ from ast_dist.track.hardest import Hardest
 from ast_dist.track.progress import replace_atomically
 from ast_dist.track.wandb_artifact import CheckpointArtifact
 from ast_dist.track.wandb_fragments import fragments, mark_sent, own_step, pass_over_empty, steps_held
-from ast_dist.track.wandb_service import end_service
+from ast_dist.track.wandb_service import end_service, leave_inherited_service
 
 Mode = Literal["off", "offline", "online"]
 ID_NAME = "wandb_id"
@@ -225,6 +225,7 @@ class WandbRun:
         import wandb
 
         assert self.run_id
+        leave_inherited_service()
         logs = pass_over_empty(fragments(self.run_dir, self.run_id))
         if self.mode == "online":
             try:

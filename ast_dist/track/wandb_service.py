@@ -6,6 +6,18 @@ import signal
 from pathlib import Path
 
 _NAME = "wandb-core"
+_TOKEN_NAME = "WANDB_SERVICE"
+
+
+def leave_inherited_service() -> None:
+    """Have W&B start a helper of this process's own, where it would use that of the process that started this one.
+
+    A notebook that uses W&B hands its helper on in the environment. It outlives a training that is killed, holds on to
+    the run, and refuses it to the next session.
+    """
+    token = os.environ.get(_TOKEN_NAME)  # version, process id, kind, address
+    if token is not None and token.split("-")[1:2] != [str(os.getpid())]:
+        del os.environ[_TOKEN_NAME]
 
 
 def end_service() -> None:

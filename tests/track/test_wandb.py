@@ -238,6 +238,13 @@ def test_an_alert_that_a_server_never_answers_does_not_hold_the_process(run_dir)
     assert [len(history(session)) for session in records(run_dir)] == [10]
 
 
+def test_the_helper_of_a_notebook_that_started_the_training_is_not_used(run_dir):
+    # It is gone here; where it is not, it keeps a killed session's run to itself.
+    said = log_rows(run_dir, "offline", 0, 5, {"WANDB_SERVICE": "3-1-unix-/tmp/no-such-socket"})
+    assert "warn" not in dict(said)
+    assert [len(history(session)) for session in records(run_dir)] == [5]
+
+
 def test_a_folder_that_takes_no_files_turns_wandb_off_with_one_warning(run_dir):
     # W&B would fall back to a temporary folder where it cannot write; a file in its place makes it fail.
     (run_dir / "wandb").write_text("not a folder")
