@@ -227,6 +227,11 @@ def carry_over(saved: Saved, run_dir: Path) -> Path | None:
         for path in sorted(saved.run.iterdir()):
             if path.is_file() and path.name != LEASE_NAME and not path.name.startswith("."):
                 shutil.copyfile(path, draft / path.name)
+        # W&B's own logs tell a session without a network which rows are in them already.
+        for log in sorted(saved.run.glob("wandb/*run-*/*.wandb*")):
+            copy = draft / log.relative_to(saved.run)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(log, copy)
         for name in wanted:
             copy_folder(folder / name, checkpoints_path(draft) / name)
             commit.verify(checkpoints_path(draft) / name)

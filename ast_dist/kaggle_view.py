@@ -227,7 +227,7 @@ def closing_words(run_dir: Path, run_type: str | None = None) -> list[str]:
             "its output once you choose Save Version → Quick Save with its output, before this session ends; "
             "/kaggle/working does not last by itself"
         )
-    where = f"epoch {progress.get('epoch')} of {progress.get('epochs')}, step {progress.get('step'):,}{accuracy}"
+    where = f"epoch {progress.get('epoch')} of {progress.get('epochs')}, step {progress.get('step') or 0:,}{accuracy}"
     if progress.get("state") == "finished":
         return [
             f"finished: {where}",

@@ -305,6 +305,10 @@ class TestTheClosingWords:
         finished, keep, weights = kaggle.closing_words(run_dir, "Interactive")
         assert finished.startswith("finished: ") and "Save Version" in keep and "ast-dist export" in weights
 
+    def test_stand_an_odd_file(self, run_dir: Path) -> None:
+        (run_dir / "progress.json").write_text('{"state": "paused", "step": "x", "best_acc1": null}')
+        assert "step 0" in kaggle.closing_words(run_dir)[0]
+
     def test_of_a_run_that_did_no_step_say_so(self, tmp_path: Path) -> None:
         assert "nothing is lost" in kaggle.closing_words(tmp_path / "none")[0]
 

@@ -164,6 +164,17 @@ class TestACarriedRun:
         assert all(path.stat().st_mode & 0o200 for path in own.rglob("*"))
         assert choose(own, own) is not None
 
+    def test_has_the_logs_by_which_wandb_knows_its_rows_and_no_more_of_its_files(self, saved: Saved, own: Path) -> None:
+        session = saved.run / "wandb" / "offline-run-20260101_000000-abc"
+        (session / "files").mkdir(parents=True)
+        for name in ("run-abc.wandb", "run-abc.wandb.synced", "files/media.jpg"):
+            (session / name).write_text("x")
+        carry_over(saved, own)
+        assert {path.name for path in (own / "wandb").rglob("*") if path.is_file()} == {
+            "run-abc.wandb",
+            "run-abc.wandb.synced",
+        }
+
     def test_takes_the_place_of_one_that_came_less_far_which_is_kept(self, saved: Saved, own: Path) -> None:
         write_run(own, 7)
         aside = carry_over(saved, own)
