@@ -240,7 +240,7 @@ def test_an_alert_that_a_server_never_answers_does_not_hold_the_process(run_dir)
 
 def test_the_helper_of_a_notebook_that_started_the_training_is_not_used(run_dir):
     # It is gone here; where it is not, it keeps a killed session's run to itself.
-    said = log_rows(run_dir, "offline", 0, 5, {"WANDB_SERVICE": "3-1-unix-/tmp/no-such-socket"})
+    said = log_rows(run_dir, "offline", 0, 5, {"WANDB_SERVICE": "3-1-unix-/nowhere/no-such-socket"})
     assert "warn" not in dict(said)
     assert [len(history(session)) for session in records(run_dir)] == [5]
 
