@@ -1,4 +1,4 @@
-"""Claims about what a cell shows of a training."""
+"""Claims about what is shown of a training on Kaggle, while it goes on and at its end."""
 
 import json
 import os
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from ast_dist.kaggle_view import NotebookView, notebook_display
+from ast_dist import kaggle
+from ast_dist.kaggle_view import AgentNoise, NotebookView, notebook_display
 
 
 class FakeDisplay(types.ModuleType):
@@ -105,3 +106,57 @@ class TestTheCell:
 
     def test_is_no_cell_outside_of_a_notebook(self) -> None:
         assert notebook_display() is None
+
+
+class TestTheClosingWords:
+    @pytest.fixture
+    def run_dir(self, tmp_path: Path) -> Path:
+        self.write(tmp_path, state="paused", message="session deadline: saved, nothing lost")
+        return tmp_path
+
+    def write(self, run_dir: Path, **more: object) -> None:
+        known = {"epoch": 3, "epochs": 30, "step": 1234, "best_acc1": 51.5, "checkpoint": "step-00001234"}
+        (run_dir / "progress.json").write_text(json.dumps({**known, **more}))
+
+    def test_name_the_one_action_that_keeps_what_an_interactive_session_saved(self, run_dir: Path) -> None:
+        saved, keep, go_on = kaggle.closing_words(run_dir, "Interactive")
+        assert saved.startswith("saved: epoch 3 of 30, step 1,234, best top-1 51.50 %, step-00001234")
+        assert "Save Version" in keep and "/kaggle/working does not last by itself" in keep
+        assert "attach that output" in go_on
+
+    def test_say_of_a_saved_versions_run_that_its_output_is_kept(self, run_dir: Path) -> None:
+        _, keep, go_on = kaggle.closing_words(run_dir, "Batch")
+        assert "the output of this version" in keep and "Save Version" not in keep
+        assert "attach that output" in go_on
+
+    def test_give_a_command_that_can_be_pasted(self, tmp_path: Path) -> None:
+        run_dir = tmp_path / "my run"
+        run_dir.mkdir()
+        self.write(run_dir, state="finished", message="")
+        assert f"ast-dist export '{run_dir}' --to" in kaggle.closing_words(run_dir)[-1]
+
+    def test_say_where_the_weights_of_a_finished_run_are(self, run_dir: Path) -> None:
+        self.write(run_dir, state="finished", message="")
+        finished, keep, weights = kaggle.closing_words(run_dir, "Interactive")
+        assert finished.startswith("finished: ") and "Save Version" in keep and "ast-dist export" in weights
+
+    def test_stand_an_odd_file(self, run_dir: Path) -> None:
+        (run_dir / "progress.json").write_text('{"state": "paused", "step": "x", "best_acc1": null}')
+        assert "step 0" in kaggle.closing_words(run_dir)[0]
+
+    def test_of_a_run_that_did_no_step_say_so(self, tmp_path: Path) -> None:
+        assert "nothing is lost" in kaggle.closing_words(tmp_path / "none")[0]
+
+
+def test_what_torchrun_says_of_a_stop_is_left_out_and_other_tracebacks_are_not() -> None:
+    noise = AgentNoise()
+    stop = [
+        "W1125 09:53:56.081000 6119 /x/torch/distributed/elastic/agent/server/api.py:753] Received 15 death signal",
+        "Traceback (most recent call last):",
+        '  File "/x/torch/distributed/run.py", line 1142, in <module>',
+        "torch.distributed.elastic.multiprocessing.api.SignalException: Process 6119 got signal: 15",
+    ]
+    other = ["Traceback (most recent call last):", '  File "x.py", line 1, in <module>', "ZeroDivisionError: by zero"]
+    lines = ["epoch 1", *stop, *other, "epoch 2", *other[:2]]
+    kept = [line for start in range(0, len(lines), 2) for line in noise.without(lines[start : start + 2])]
+    assert [*kept, *noise.rest()] == ["epoch 1", *other, "epoch 2", *other[:2]]
